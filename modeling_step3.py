@@ -1,0 +1,1213 @@
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, and the vision encoder in front of it.
+
+Read from top to bottom, in the order data flows: the names on disk, the vision encoder, the text decoder, the two
+together, the language-model heads.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torch_distributed_available
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
+
+
+if is_torch_distributed_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's imports copies the processor along
+    from .processing_step3 import Step3VLProcessor  # noqa: F401
+
+
+# How the names on disk become the names below; `save_pretrained` runs it backwards. A mapping is found by class name,
+# else by model type, and each part of a model brings its own: what the whole model renames, its parts rename further.
+# The second form in each pattern, `model.language_model.` and so on, is what the original remote code saved.
+register_checkpoint_conversion_mapping(
+    "step3_text",
+    [
+        WeightConverter(
+            [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
+        ),
+        WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
+    ],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "Step3VLModel",
+    [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "Step3VLForConditionalGeneration",
+    [
+        WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^model.model."),
+        WeightRenaming(r"^(?:model\.|)vision_model\.", "^model.vision_model."),
+        WeightRenaming(r"^(?:model\.|)vit_", "^model.vit_"),
+    ],
+    overwrite=True,
+)
+
+
+class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
+    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends with its own
+    query heads only, so the gradients that the ranks send back to the head are summed."""
+
+    def transform_output_post_forward(self, module, output, mesh):
+        if not output.requires_grad:
+            return output
+        return DTensor.from_local(output, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention written out, of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads,
+    keys, head_dim), with an additive `attention_mask` that broadcasts to (batch, heads, queries, keys).
+
+    The query heads that share a key/value head become rows of one product, so that no head is copied for each of them.
+    Returns the output (batch, queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). The
+    softmax is taken in float32 at least.
+    """
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_key_value_heads = key.shape[1]
+
+    query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)).view(batch_size, num_heads, num_queries, -1) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights.view(batch_size, num_key_value_heads, -1, key.shape[2]), value)
+    attn_output = attn_output.view(batch_size, num_heads, num_queries, head_dim).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+def share_key_value_head(attention_interface: Callable) -> Callable:
+    """
+    Wraps transformers' SDPA attention for one key/value head shared by all query heads, which SDPA does not take as it
+    is. A single query token attends with its heads as the rows of one head; longer queries see the key/value head
+    through a view. Nothing is copied per query head, also where the decoding step is compiled.
+    """
+
+    def shared_attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[2] == 1:
+            if attention_mask is not None:
+                attention_mask = attention_mask.transpose(1, 2)
+            attn_output, _ = attention_interface(
+                module, query.transpose(1, 2), key, value, attention_mask, is_causal=False, **kwargs
+            )
+            return attn_output.transpose(1, 2), None
+        key = key.expand(-1, query.shape[1], -1, -1)
+        value = value.expand(-1, query.shape[1], -1, -1)
+        return attention_interface(module, query, key, value, attention_mask, **kwargs)
+
+    return shared_attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step3VisionEmbeddings(nn.Module):
+    """Patches of a picture with a class token in front, and learned positions for both."""
+
+    # The original training run repeated the class row so that tensor parallelism divides the sequence.
+    num_class_rows = 4
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.grid_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
+
+    def grid_positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings (height · width, hidden_size) of a grid, resized from the trained one where they differ."""
+        positions = self.position_embedding.weight[1:]
+        if (height, width) == (self.grid_size, self.grid_size):
+            return positions
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        positions = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
+        positions = nn.functional.interpolate(
+            positions, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        )
+        return positions.flatten(2).transpose(1, 2)[0].to(self.position_embedding.weight.dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        height, width = patches.shape[-2:]
+        patches = patches.flatten(2).transpose(1, 2) + self.grid_positions(height, width)
+        class_row = self.class_embedding + self.position_embedding.weight[:1]
+        class_rows = class_row.expand(patches.shape[0], self.num_class_rows, -1)
+        return torch.cat([class_rows, patches], dim=1)
+
+
+class Step3VisionAttention(nn.Module):
+    """Bidirectional multi-head attention with one projection for queries, keys and values."""
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        qkv_states = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in qkv_states.unbind(2))
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class Step3VisionMLP(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class Step3VisionEncoderLayer(GradientCheckpointingLayer):
+    """A layer that normalises what each branch puts out, not what goes in."""
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.self_attn = Step3VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Step3VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = hidden_states + self.layer_norm1(attn_output)
+        return hidden_states + self.layer_norm2(self.mlp(hidden_states))
+
+
+class Step3VisionTransformer(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([Step3VisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class Step3VLPreTrainedModel(PreTrainedModel):
+    """What the Step3 models share: weight initialisation and what they support."""
+
+    config: Step3VLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Step3VisionEmbeddings", "Step3VisionEncoderLayer", "Step3TextDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
+        if isinstance(module, Step3TextExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Step3TextTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Step3VisionEmbeddings):
+            init.normal_(module.class_embedding, mean=0.0, std=std)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts is None and not _experts_fit_grouped_mm(self.config.get_text_config(), torch.bfloat16):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+
+class Step3VisionModel(Step3VLPreTrainedModel):
+    """The vision encoder: pictures in, one row for each of their patches out, with no norm at the end."""
+
+    config: Step3VisionEncoderConfig
+    config_class = Step3VisionEncoderConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__(config)
+        self.embeddings = Step3VisionEmbeddings(config)
+        self.transformer = Step3VisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
+                Normalised square pictures whose side is a multiple of `patch_size`.
+
+        Returns:
+            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
+            states and attentions also hold the four class rows in front.
+
+        Raises:
+            `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
+        """
+        num_channels, patch_size = self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"Pictures must have the shape (images, {num_channels}, side, side), got {tuple(pixel_values.shape)}."
+            )
+        height, width = pixel_values.shape[2:]
+        if height != width or height % patch_size or height == 0:
+            raise ValueError(
+                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Step3TextRMSNorm(nn.Module):
+    """Root-mean-square norm: normalised in float32 at least, cast back, then scaled."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * states.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class Step3TextAttention(nn.Module):
+    """
+    Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): queries of low rank, which `wq` raises to
+    many wide heads, over a single key/value head.
+    """
+
+    def __init__(self, config: Step3TextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.share_q_dim, bias=False)
+        self.inter_norm = Step3TextRMSNorm(config.share_q_dim, eps=config.rms_norm_eps)
+        self.wq = nn.Linear(config.share_q_dim, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query_states = self.wq(self.inter_norm(self.q_proj(hidden_states))).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.config._attn_implementation == "sdpa":
+            attention_interface = share_key_value_head(attention_interface)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class Step3TextMLP(nn.Module):
+    """Gated MLP: a dense layer's, and a mixture's shared expert."""
+
+    def __init__(self, config: Step3TextConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Step3TextTopKRouter(nn.Module):
+    """Chooses each token's experts: the `moe_top_k` most probable of a softmax over all, in float32 at least."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.top_k = config.moe_top_k
+        self.num_experts = config.moe_num_experts
+        self.norm_expert_weight = config.norm_expert_weight
+        self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From `hidden_states` (tokens, hidden_size): logits (tokens, experts), weights and indices (tokens, top_k)."""
+        router_logits = nn.functional.linear(hidden_states, self.weight)
+        softmax_dtype = torch.promote_types(router_logits.dtype, torch.float32)
+        router_probs = nn.functional.softmax(router_logits, dim=-1, dtype=softmax_dtype)
+        top_k_weights, top_k_index = torch.topk(router_probs, self.top_k, dim=-1)
+        if self.norm_expert_weight:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+
+def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool:
+    """Whether an expert's rows in `dtype` have the 16-byte strides that `torch.nn.functional.grouped_mm` asks for."""
+    return all(size * dtype.itemsize % 16 == 0 for size in (config.hidden_size, config.moe_intermediate_size))
+
+
+@use_experts_implementation
+class Step3TextExperts(nn.Module):
+    """The routed experts, gated MLPs whose weights are stacked; gate and up projections are one weight."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.num_experts = config.moe_num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The `eager` implementation: one expert after the other, each on the tokens (tokens, hidden_size) it got."""
+        output = torch.zeros_like(hidden_states)
+        with torch.no_grad():
+            # One class more than experts: under expert parallelism it stands for the experts of other ranks.
+            assigned = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)[..., :-1].permute(2, 1, 0)
+            used_experts = assigned.sum(dim=(1, 2)).nonzero().flatten()
+        for expert in used_experts:
+            slot, token = torch.where(assigned[expert])
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+class Step3TextMoE(nn.Module):
+    """Router and routed experts."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Step3TextTopKRouter(config)
+        self.experts = Step3TextExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        if self.config._experts_implementation == "grouped_mm" and not _experts_fit_grouped_mm(self.config, dtype):
+            raise ValueError(
+                f"`grouped_mm` needs rows of a multiple of 16 bytes, which `hidden_size` {self.config.hidden_size} and "
+                f"`moe_intermediate_size` {self.config.moe_intermediate_size} do not give in {dtype}: choose another "
+                'implementation with `model.set_experts_implementation("eager")`.'
+            )
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        return self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+
+
+class Step3TextDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a dense MLP or, in a mixture layer, routed experts beside a shared one; each with its norm."""
+
+    def __init__(self, config: Step3TextConfig, layer_idx: int):
+        super().__init__()
+        self.is_moe = layer_idx in config.moe_layers
+        self.input_layernorm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Step3TextAttention(config, layer_idx)
+        self.post_attention_layernorm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.is_moe:
+            self.moe = Step3TextMoE(config)
+            self.share_expert = Step3TextMLP(config, config.share_expert_dim)
+        else:
+            self.mlp = Step3TextMLP(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        if self.is_moe:
+            hidden_states = self.moe(hidden_states) + self.share_expert(hidden_states)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class Step3TextModel(Step3VLPreTrainedModel):
+    """The text decoder without a language-model head."""
+
+    config: Step3TextConfig
+    config_class = Step3TextConfig
+    input_modalities = ("text",)
+    # A directory of the whole model holds the decoder's weights under the decoder's names, beside these.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\."]
+    _can_record_outputs = {
+        "hidden_states": Step3TextDecoderLayer,
+        "attentions": Step3TextAttention,
+        "router_logits": OutputRecorder(Step3TextTopKRouter, index=0),
+    }
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([Step3TextDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Token ids; or give `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(batch, cached + new tokens)` with 0 at padding, or a 4-D mask as transformers builds it, or a
+                dictionary that holds one under `"full_attention"`.
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Positions of the tokens.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+
+        Raises:
+            `ValueError`: if both or neither of `input_ids` and `inputs_embeds` are given, or a dictionary of masks
+            lacks the one that is needed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        if isinstance(attention_mask, dict):
+            if "full_attention" not in attention_mask:
+                raise ValueError(
+                    f"A dictionary of attention masks must hold `full_attention`, got {sorted(attention_mask)}."
+                )
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision and text together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step3VLModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`tuple[torch.Tensor]`, *optional*):
+            For each picture, the `(rows, hidden_size)` features that took the place of its image tokens.
+    """
+
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class Step3VLCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`tuple[torch.Tensor]`, *optional*):
+            For each picture, the `(rows, hidden_size)` features that took the place of its image tokens.
+    """
+
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class Step3VLModel(Step3VLPreTrainedModel):
+    """Vision encoder, the projection of its output to image tokens, and the text decoder."""
+
+    config_class = Step3VLConfig
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: Step3VLConfig):
+        super().__init__(config)
+        vision_config, text_config = config.vision_config, config.text_config
+        self.vision_model = Step3VisionModel(vision_config)
+        channels = vision_config.output_hidden_size
+        self.vit_downsampler = nn.Conv2d(
+            vision_config.hidden_size, channels, kernel_size=2, stride=config.understand_projector_stride
+        )
+        self.vit_downsampler2 = nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1)
+        self.vit_large_projector = nn.Linear(2 * channels, text_config.hidden_size, bias=config.projector_bias)
+        self.language_model = Step3TextModel(text_config)
+        self.post_init()
+
+    def num_image_tokens(self, side: int) -> int:
+        """Number of image tokens of a square picture of `side` pixels."""
+        grid = side // self.config.vision_config.patch_size
+        grid = (grid - 2) // self.config.understand_projector_stride + 1
+        return ((grid - 1) // 2 + 1) ** 2
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
+        grid_size = int(hidden_states.shape[1] ** 0.5)
+        feature_map = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+        feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
+        return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes pictures into the features that take the place of their image tokens.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, side, side)`): The pictures' global views.
+            patch_pixel_values (`torch.Tensor` of shape `(patches, channels, patch side, patch side)`, *optional*):
+                The patches of all pictures, one picture after the other.
+            num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): How many of them each picture has.
+
+        Returns:
+            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first and the
+            global view's last; `last_hidden_state` and, if asked for, `hidden_states` and `attentions` of the encoder
+            on the global views.
+
+        Raises:
+            `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
+        """
+        if num_patches is None:
+            patch_counts = [0] * pixel_values.shape[0]
+        else:
+            patch_counts = num_patches.tolist() if isinstance(num_patches, torch.Tensor) else list(num_patches)
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
+        if len(patch_counts) != pixel_values.shape[0] or sum(patch_counts) != patches_given:
+            raise ValueError(
+                f"`num_patches` must have an entry for each of the {pixel_values.shape[0]} pictures of `pixel_values`, "
+                f"and they must add up to the {patches_given} patches of `patch_pixel_values`, got {patch_counts}."
+            )
+
+        vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
+        image_features = self.project(vision_outputs.last_hidden_state)
+        if patches_given == 0:
+            pooler_output = image_features.unbind(0)
+        else:
+            patch_outputs = self.vision_model(patch_pixel_values, return_dict=True)
+            patch_features = self.project(patch_outputs.last_hidden_state).split(patch_counts)
+            pooler_output = tuple(
+                torch.cat([patches.flatten(0, 1), image])
+                for patches, image in zip(patch_features, image_features, strict=True)
+            )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_outputs.last_hidden_state,
+            pooler_output=pooler_output,
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+        )
+
+    def get_image_token_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.BoolTensor:
+        """Where the image tokens are, `(batch, tokens)`; told from embeddings where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.BoolTensor:
+        """
+        Where `image_features` (rows, hidden_size) go in `inputs_embeds`, as a mask of its shape.
+
+        Raises:
+            `ValueError`: if there are not as many image tokens as rows.
+        """
+        image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
+        num_image_tokens = image_token_mask.sum()
+        torch_compilable_check(
+            num_image_tokens == image_features.shape[0],
+            lambda: (
+                f"The text has {int(num_image_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), "
+                f"but the pictures give {image_features.shape[0]} image features."
+            ),
+        )
+        return image_token_mask.unsqueeze(-1).to(inputs_embeds.device).expand_as(inputs_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Step3VLModelOutputWithPast:
+        """
+        Args:
+            pixel_values, patch_pixel_values, num_patches: Pictures, as in [`~Step3VLModel.get_image_features`].
+            image_embeds (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+                Image features of all pictures, one after the other, in place of `pixel_values`.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
+
+        The rest is as in [`Step3TextModel`].
+
+        Raises:
+            `ValueError`: if pictures are given in more than one form, or do not fit the image tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(source is not None for source in (pixel_values, image_embeds, encoded)) > 1:
+            raise ValueError(
+                "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
+            )
+        if pixel_values is None and (patch_pixel_values is not None or num_patches is not None):
+            raise ValueError("`patch_pixel_values` and `num_patches` belong to `pixel_values`, which is missing.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_hidden_states = None
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True)
+        if encoded is not None:
+            image_hidden_states = tuple(encoded.pooler_output)
+            image_embeds = torch.cat([features.to(inputs_embeds.device) for features in image_hidden_states])
+        if image_embeds is not None:
+            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language-model heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step3LanguageModelHead:
+    """What [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`] do with the hidden states they get."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def post_init(self):
+        super().post_init()
+        # Before 5.21 a gathered output must divide by the number of ranks, which the released vocabulary of 128815
+        # does not. Only a head of its own can stay whole; a tied one is split with the embedding.
+        if Version(transformers.__version__) < Version("5.21") and not self.config.tie_word_embeddings:
+            self._tp_plan.pop("lm_head", None)
+
+    def predict(
+        self,
+        outputs: MoeModelOutputWithPast,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        output_router_logits: bool | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> dict:
+        """Logits where they are wanted, and the losses that are asked for."""
+        text_config = self.config.get_text_config()
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        else:
+            hidden_states = (
+                hidden_states[logits_to_keep] if logits_to_keep.ndim == 2 else hidden_states[:, logits_to_keep]
+            )
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+
+        aux_loss = None
+        if output_router_logits and outputs.router_logits:
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits,
+                text_config.moe_num_experts,
+                text_config.moe_top_k,
+                attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None,
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return {"loss": loss, "aux_loss": aux_loss, "logits": logits}
+
+
+class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+    """The text decoder with a language-model head, for checkpoints of text alone or the text part of a whole one."""
+
+    config: Step3TextConfig
+    config_class = Step3TextConfig
+    input_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_"]
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__(config)
+        self.model = Step3TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Token ids to predict, each from the tokens before it; -100 is left out of the loss.
+            output_router_logits (`bool`, *optional*):
+                Whether to return the router logits and the load-balancing loss, which then is part of the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                How many of the last positions to compute logits for (0 for all), or which ones.
+
+        The rest is as in [`Step3TextModel`].
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            **kwargs,
+        )
+        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            **prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+    """
+    The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    >>> model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+    >>> content = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True,
+    ...     tokenize=True,
+    ...     return_dict=True,
+    ...     return_tensors="pt",
+    ... )
+    >>> output = model.generate(**inputs, max_new_tokens=50)
+    ```
+    """
+
+    config_class = Step3VLConfig
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: Step3VLConfig):
+        super().__init__(config)
+        self.model = Step3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`~Step3VLModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, patch_pixel_values, num_patches, **kwargs)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.BoolTensor:
+        """See [`~Step3VLModel.get_placeholder_mask`]."""
+        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Step3VLCausalLMOutputWithPast:
+        """Arguments are those of [`Step3VLModel`] and of [`Step3TextForCausalLM`]."""
+        if output_router_logits is None:
+            output_router_logits = self.config.text_config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            patch_pixel_values=patch_pixel_values,
+            num_patches=num_patches,
+            image_embeds=image_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
+        return Step3VLCausalLMOutputWithPast(
+            **prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def _picture_rows(self, model_inputs: dict) -> list[int]:
+        """How many image tokens each picture among `model_inputs` takes."""
+        if model_inputs.get("pixel_values") is None:
+            encoded = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+            return [] if encoded is None else [features.shape[0] for features in encoded.pooler_output]
+        pixel_values, patches = model_inputs["pixel_values"], model_inputs.get("patch_pixel_values")
+        image_rows = self.model.num_image_tokens(pixel_values.shape[-1])
+        patch_rows = 0 if patches is None else self.model.num_image_tokens(patches.shape[-1])
+        counts = model_inputs.get("num_patches")
+        counts = [0] * pixel_values.shape[0] if counts is None else torch.as_tensor(counts).tolist()
+        return [count * patch_rows + image_rows for count in counts]
+
+    def _drop_cached_pictures(self, model_inputs: dict, image_token_mask: torch.BoolTensor, num_new: int) -> None:
+        """Takes out of `model_inputs` the pictures whose tokens a cache holds: those before a row's last `num_new`."""
+        cached_rows = image_token_mask[:, :-num_new].sum(-1).tolist()
+        if not any(cached_rows):
+            return
+        all_rows = image_token_mask.sum(-1).tolist()
+        if (image_embeds := model_inputs.get("image_embeds")) is not None:
+            new = [rows[cached:] for rows, cached in zip(image_embeds.split(all_rows), cached_rows, strict=True)]
+            model_inputs["image_embeds"] = torch.cat(new) if any(map(len, new)) else None
+            return
+
+        picture_rows = self._picture_rows(model_inputs)
+        keep, picture = [], 0
+        for row_total, row_cached in zip(all_rows, cached_rows, strict=True):
+            seen = 0
+            while seen < row_total and picture < len(picture_rows):
+                keep.append(seen >= row_cached)
+                seen += picture_rows[picture]
+                picture += 1
+        kept = [index for index, keep_it in enumerate(keep) if keep_it]
+        if (encoded := (model_inputs.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            features = tuple(encoded.pooler_output[index] for index in kept)
+            model_inputs["mm_encoder_outputs"] = (
+                {"image": BaseModelOutputWithPooling(pooler_output=features)} if kept else None
+            )
+        elif model_inputs.get("pixel_values") is not None:
+            if (patches := model_inputs.get("patch_pixel_values")) is not None:
+                counts = torch.as_tensor(model_inputs["num_patches"])
+                chunks = patches.split(counts.tolist())
+                patches = torch.cat([chunks[index] for index in kept]) if kept else None
+                model_inputs["patch_pixel_values"] = patches
+                model_inputs["num_patches"] = counts[kept] if kept else None
+            model_inputs["pixel_values"] = model_inputs["pixel_values"][kept] if kept else None
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """Pictures go in with their image tokens, once: later steps and a continued cache leave them out."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs"):
+                model_inputs.pop(name, None)
+        elif next_sequence_length:
+            ids = input_ids if inputs_embeds is None else None
+            image_token_mask = self.model.get_image_token_mask(ids, inputs_embeds)
+            self._drop_cached_pictures(model_inputs, image_token_mask, next_sequence_length)
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """Repeats each row `expand_size` times, and with it the features of its own pictures, which are encoded once."""
+        if expand_size == 1:
+            return input_ids, model_kwargs
+        pictures = {
+            name: model_kwargs.pop(name, None) for name in ("pixel_values", "patch_pixel_values", "num_patches")
+        }
+        image_embeds = model_kwargs.pop("image_embeds", None)
+        if pictures["pixel_values"] is not None:
+            image_embeds = torch.cat(self.get_image_features(**pictures, return_dict=True).pooler_output)
+        if image_embeds is not None:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            image_token_mask = self.model.get_image_token_mask(
+                input_ids if inputs_embeds is None else None, inputs_embeds
+            )
+            rows = image_embeds.split(image_token_mask.sum(-1).tolist())
+            image_embeds = torch.cat([row for row in rows for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if image_embeds is not None:
+            model_kwargs["image_embeds"] = image_embeds
+        return input_ids, model_kwargs
+
+
+Step3VisionModel.register_for_auto_class("AutoModel")
+Step3TextModel.register_for_auto_class("AutoModel")
+Step3VLModel.register_for_auto_class("AutoModel")
+Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+
+__all__ = [
+    "Step3TextForCausalLM",
+    "Step3TextModel",
+    "Step3VLForConditionalGeneration",
+    "Step3VLModel",
+    "Step3VLPreTrainedModel",
+    "Step3VisionModel",
+]
