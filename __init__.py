@@ -2,13 +2,13 @@
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top level only with torchvision in 5.16
 
 from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
 from .modeling_step3 import (

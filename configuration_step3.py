@@ -195,10 +195,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "norm_topk_prob": "norm_expert_weight",
         "shared_expert_intermediate_size": "share_expert_dim",
     }
-    # Query heads are split over the ranks, with the output projection that reads them. The one key/value head stays
-    # whole on every rank; `replicated_key_value_head`, a style of modeling_step3, adds up what the ranks' query heads
-    # send back to it. The routed experts are split by expert parallelism only: fused gate and up weights would be cut
-    # in the wrong place by the tensor-parallel styles.
+    # Query heads are split over the ranks, with the output projection that reads them, and the one key/value head stays
+    # whole on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
+    # cut them in the wrong place. `replicated_key_value_head` and `split_experts` are styles of modeling_step3.
     base_model_tp_plan = {
         "layers.*.self_attn.wq": "colwise",
         "layers.*.self_attn.k_proj": "replicated_key_value_head",
@@ -207,6 +206,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.moe.experts.down_proj": "grouped_gemm",
+        "layers.*.moe.experts": "split_experts",
         "layers.*.share_expert.gate_proj": "colwise",
         "layers.*.share_expert.up_proj": "colwise",
         "layers.*.share_expert.down_proj": "rowwise",
@@ -217,14 +219,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             "layers.*.moe.experts.down_proj": "grouped_gemm",
             "layers.*.moe.experts": "ep_dispatch_experts",
         }
-    else:  # the router masks other ranks' experts, and this plan is used in place of the tensor-parallel one
-        base_model_ep_plan = {
-            **base_model_tp_plan,
-            "layers.*.moe.gate": "ep_router",
-            "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
-            "layers.*.moe.experts.down_proj": "grouped_gemm",
-            "layers.*.moe.experts": "moe_tp_experts",
-        }
+    else:  # used in place of the tensor-parallel plan, not beside it
+        base_model_ep_plan = base_model_tp_plan
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -54,6 +54,7 @@ from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step
 
 
 if is_torch_distributed_available():
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
 if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's imports copies the processor along
@@ -89,17 +90,44 @@ register_checkpoint_conversion_mapping(
 )
 
 
+def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
+    """The same tensor, which every rank holds; the gradients that the ranks send back are summed."""
+    if not tensor.requires_grad:
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
-    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends with its own
-    query heads only, so the gradients that the ranks send back to the head are summed."""
+    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends to it with
+    its own query heads only."""
 
     def transform_output_post_forward(self, module, output, mesh):
-        if not output.requires_grad:
-            return output
-        return DTensor.from_local(output, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+        return _sum_gradients(output, mesh)
+
+
+class SplitExpertsParallel(TensorParallelLayer):
+    """Tensor-parallel style of the experts: each rank holds some of them whole, runs those on all tokens, and the
+    outputs are summed. Goes with `grouped_gemm` on their weights."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        hidden_states, top_k_index, top_k_weights = args
+        top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
+        elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
+        top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
+        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
+        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
+        )
 
 
 ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
+ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
 
 
 def eager_attention_forward(
@@ -301,8 +329,10 @@ class Step3VLPreTrainedModel(PreTrainedModel):
             init.normal_(module.class_embedding, mean=0.0, std=std)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        if requested_experts is None and not _experts_fit_grouped_mm(self.config.get_text_config(), torch.bfloat16):
-            return "eager"
+        text_config = self.config.get_text_config()
+        if requested_experts is None and text_config.model_type == Step3TextConfig.model_type:
+            if not _experts_fit_grouped_mm(text_config, torch.bfloat16):
+                return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
 
@@ -974,6 +1004,8 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
 
         The rest is as in [`Step3TextModel`].
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

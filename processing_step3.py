@@ -379,6 +379,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 class Step3VLProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: Step3VLImageProcessorKwargs
+    _defaults = {}  # read by the oldest supported transformers
 
 
 class Step3VLProcessor(ProcessorMixin):

@@ -1,0 +1,172 @@
+"""Makes a random Step3 of any size: a directory with weights in the released layout, a small tokenizer and the code.
+
+The weights mean nothing, but everything else is as in a real checkpoint: for demos, tests and benchmarks.
+
+    python scripts/make_random_model.py DIRECTORY
+    python scripts/make_random_model.py DIRECTORY --set text_config.num_hidden_layers=8 --dtype bfloat16
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
+
+from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
+
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+TURN_TOKENS = ["<|BOT|>", "<|EOT|>"]
+PICTURE_TOKENS = ["<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>"]
+
+# One dense layer and two mixtures; pictures of 224 px take 16 tokens and patches of 112 px take 4.
+TINY = {
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "output_hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 224,
+    },
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "share_q_dim": 32,
+        "moe_num_experts": 8,
+        "moe_intermediate_size": 32,
+        "share_expert_dim": 32,
+        "moe_layers_enum": "1,2",
+        "max_position_embedding": 4096,
+        "max_seq_len": 4096,
+        # Wide enough for answers to differ from prompt to prompt.
+        "initializer_range": 0.2,
+    },
+}
+# In the released model a patch's side is 504 of the picture's 728 px, and a picture is at most six patches long.
+MAX_PATCHES_A_SIDE = 6
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes with the special tokens of the released one."""
+    tokenizer = Tokenizer(
+        models.BPE(vocab={b: i for i, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special_tokens = [BOS, EOS, PAD, *TURN_TOKENS, *PICTURE_TOKENS]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=TINY["text_config"]["max_position_embedding"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def override(settings: dict, assignment: str) -> None:
+    """Applies `a.b=VALUE`, with a JSON value or plain text, to nested `settings`."""
+    path, separator, text = assignment.partition("=")
+    *parents, key = path.split(".")
+    if not separator or not key:
+        raise ValueError(f"--set wants KEY=VALUE, such as text_config.num_hidden_layers=4, got {assignment!r}.")
+    for parent in parents:
+        settings = settings.setdefault(parent, {})
+    try:
+        settings[key] = json.loads(text)
+    except json.JSONDecodeError:
+        settings[key] = text
+
+
+def make_random_model(
+    directory: Path, overrides: list[str] = (), patch_size: int | None = None, dtype: str = "float32", seed: int = 0
+) -> None:
+    """
+    Saves a random model with its processor in `directory`, which must not exist yet.
+
+    Raises:
+        `FileExistsError`: if there is something at `directory`.
+        `ValueError`: if an override cannot be read.
+        `huggingface_hub.errors.StrictDataclassError`: if the sizes do not fit.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
+    tokenizer = make_tokenizer()
+    settings = json.loads(json.dumps(TINY))
+    settings["image_token_id"] = tokenizer.convert_tokens_to_ids("<im_patch>")
+    settings["text_config"].update(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for assignment in overrides:
+        override(settings, assignment)
+    config = Step3VLConfig(**settings, dtype=dtype)
+
+    side = config.vision_config.image_size
+    patch_size = patch_size or side // 2
+    image_processor = Step3VLImageProcessor(
+        size={"height": side, "width": side},
+        patch_size=patch_size,
+        max_image_size=MAX_PATCHES_A_SIDE * patch_size,
+        vision_patch_size=config.vision_config.patch_size,
+        projector_stride=config.understand_projector_stride,
+    )
+    processor = Step3VLProcessor(image_processor, tokenizer)
+
+    set_seed(seed)
+    model = Step3VLForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype))
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|EOT|>")],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0],
+        epilog="A size is set by its name in config.json, e.g. --set text_config.hidden_size=256.",
+    )
+    parser.add_argument("directory", type=Path, help="where to put it; must not exist yet")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a value of the config; may be given again",
+    )
+    parser.add_argument("--patch-size", type=int, help="side of a patch in pixels (default: half the picture's)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
+    arguments = parser.parse_args()
+    try:
+        make_random_model(**vars(arguments))
+    except (FileExistsError, ValueError) as error:
+        parser.error(str(error))
+    print(arguments.directory)
+
+
+if __name__ == "__main__":
+    main()
