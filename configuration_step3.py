@@ -148,7 +148,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         intermediate_size (`int`, defaults to 18432): Width inside the MLP of a dense layer.
         num_hidden_layers (`int`, defaults to 61): Number of layers.
         num_attention_heads (`int`, defaults to 64): Number of query heads.
-        num_attention_groups (`int`, defaults to 1): Number of key/value heads. Step3 shares one among all query heads.
+        num_attention_groups (`int`, defaults to 1):
+            Number of key/value heads; divides `num_attention_heads`. Step3 shares one head among all query heads, and the
+            serving engines take no other number.
         head_dim (`int`, defaults to 256): Width of a head; even, as rotary embedding turns pairs of channels.
         share_q_dim (`int`, defaults to 2048): Rank of the query projection.
         max_position_embedding (`int`, defaults to 65536): Longest sequence, in tokens.
@@ -195,8 +197,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "norm_topk_prob": "norm_expert_weight",
         "shared_expert_intermediate_size": "share_expert_dim",
     }
-    # Query heads are split over the ranks, with the output projection that reads them, and the one key/value head stays
-    # whole on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
+    # Query heads are split over the ranks, with the output projection that reads them; the one key/value head stays whole
+    # on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
     # cut them in the wrong place. `replicated_key_value_head` and `split_experts` are styles of modeling_step3.
     base_model_tp_plan = {
         "layers.*.self_attn.wq": "colwise",
@@ -219,7 +221,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             "layers.*.moe.experts.down_proj": "grouped_gemm",
             "layers.*.moe.experts": "ep_dispatch_experts",
         }
-    else:  # used in place of the tensor-parallel plan, not beside it
+    else:  # stands in for the tensor-parallel plan instead of going beside it
         base_model_ep_plan = base_model_tp_plan
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -267,6 +269,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             self.rope_parameters = dict(self.rope_parameters)
         if isinstance(kwargs.get("rope_scaling"), dict):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        if self.num_attention_groups > 1:  # enough key/value heads to be split with their query heads
+            split = {f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **split}
         super().__post_init__(**kwargs)
 
     @property
@@ -282,14 +287,15 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     def validate_architecture(self):
         """Checks that every size is positive and that heads, experts and layer indices agree."""
         _check_at_least(self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        _check_at_least(self, 1, "num_attention_heads", "share_q_dim", "max_position_embedding", "max_seq_len")
+        _check_at_least(self, 1, "num_attention_heads", "num_attention_groups", "share_q_dim")
+        _check_at_least(self, 1, "max_position_embedding", "max_seq_len")
         _check_at_least(self, 1, "moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim")
         _check_at_least(self, 0, "rms_norm_eps", "initializer_range", "router_aux_loss_coef")
         _check_probability(self, "attention_dropout")
-        if self.num_attention_groups != 1:
+        if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
-                "`num_attention_groups` must be 1, as Step3 shares one key/value head among all query heads, got "
-                f"{self.num_attention_groups}."
+                "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
+                f"{self.num_attention_groups} for {self.num_attention_heads} query heads."
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for rotary embedding, got {self.head_dim}.")

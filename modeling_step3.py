@@ -42,7 +42,7 @@ from transformers.modeling_outputs import (
     MoeModelOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
@@ -164,23 +164,23 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
-def share_key_value_head(attention_interface: Callable) -> Callable:
+def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
-    Wraps transformers' SDPA attention for one key/value head shared by all query heads, which SDPA does not take as it
-    is. A single query token attends with its heads as the rows of one head; longer queries see the key/value head
-    through a view. Nothing is copied per query head, also where the decoding step is compiled.
+    Wraps transformers' SDPA attention for key/value heads that query heads share, which SDPA does not take as they are.
+    A single query token attends with the query heads of a key/value head as its rows; longer queries see the one
+    key/value head through a view. So nothing is copied per query head, also where the decoding step is compiled.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
-        if query.shape[2] == 1:
-            if attention_mask is not None:
-                attention_mask = attention_mask.transpose(1, 2)
-            attn_output, _ = attention_interface(
-                module, query.transpose(1, 2), key, value, attention_mask, is_causal=False, **kwargs
-            )
-            return attn_output.transpose(1, 2), None
-        key = key.expand(-1, query.shape[1], -1, -1)
-        value = value.expand(-1, query.shape[1], -1, -1)
+        batch_size, num_heads, num_queries, head_dim = query.shape
+        num_key_value_heads = key.shape[1]
+        if num_queries == 1:
+            if attention_mask is not None and attention_mask.shape[1] > 1:
+                attention_mask = attention_mask.view(batch_size, num_key_value_heads, -1, key.shape[2])
+            query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
+            attn_output, _ = attention_interface(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+            return attn_output.transpose(1, 2).reshape(batch_size, 1, num_heads, head_dim), None
+        key, value = (repeat_kv(states, num_heads // num_key_value_heads) for states in (key, value))
         return attention_interface(module, query, key, value, attention_mask, **kwargs)
 
     return shared_attention
@@ -424,8 +424,8 @@ class Step3TextAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.share_q_dim, bias=False)
         self.inter_norm = Step3TextRMSNorm(config.share_q_dim, eps=config.rms_norm_eps)
         self.wq = nn.Linear(config.share_q_dim, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
@@ -453,7 +453,7 @@ class Step3TextAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         if self.config._attn_implementation == "sdpa":
-            attention_interface = share_key_value_head(attention_interface)
+            attention_interface = share_key_value_heads(attention_interface)
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
