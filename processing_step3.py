@@ -33,6 +33,7 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
+    make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
@@ -285,10 +286,12 @@ class Step3VLImageProcessor(PilBackend):
         image: ImageInput,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
+        image_mean: tuple[float, ...] | None = None,
         **kwargs,
     ) -> Image.Image:
         """
-        Makes a PIL picture, upright and of 8 bits a channel, from a PIL picture, an array or a tensor.
+        Makes a PIL picture, upright and of 8 bits a channel, from a PIL picture, an array or a tensor; in RGB, unless
+        `do_convert_rgb` is false or `image_mean` is of another number of channels.
 
         Raises:
             `ValueError`: if it is none of these, or its shape or values are not a picture's.
@@ -310,7 +313,8 @@ class Step3VLImageProcessor(PilBackend):
             if 0 in pixels.shape:
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
-        return image.convert("RGB") if do_convert_rgb else image
+        wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
+        return image.convert("RGB") if wants_rgb else image
 
     def _preprocess(
         self,
@@ -405,12 +409,15 @@ class Step3VLProcessor(ProcessorMixin):
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
         self.chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        self.auto_map = {"AutoProcessor": "processing_step3.Step3VLProcessor"}
         vocabulary = tokenizer.get_vocab()
         tokens = (self.image_token, self.image_start_token, self.image_end_token)
         tokens += (self.patch_start_token, self.patch_end_token, self.patch_newline_token)
         if missing := [token for token in tokens if token not in vocabulary]:
             raise ValueError(f"`tokenizer` must know the tokens of a picture, and lacks {', '.join(missing)}.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        # All that a picture takes in the text, which is what `mm_token_type_ids` marks and serving engines count.
+        self.image_token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -423,8 +430,7 @@ class Step3VLProcessor(ProcessorMixin):
         Raises:
             `ValueError`: if it does not, or there is neither text nor pictures.
         """
-        if images is None and text is None:
-            raise ValueError("Give `text`, `images` or both, got neither.")
+        super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
             return
         if not all(isinstance(sample, str) for sample in text):
@@ -432,15 +438,14 @@ class Step3VLProcessor(ProcessorMixin):
         wanted = [sample.count(self.image_token) for sample in text]
         if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
             given = [len(entry) if isinstance(entry, (list, tuple)) else 1 for entry in images]
+            matches = given == wanted
         else:
-            num_images = len(images) if isinstance(images, (list, tuple)) else int(images is not None)
-            if num_images == sum(wanted):
-                return
-            given = num_images
-        if given != wanted:
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            matches = given == sum(wanted)
+        if not matches:
             raise ValueError(
-                f"`text` must have one {self.image_token} for each picture: found {wanted} in its samples, and {given} "
-                "pictures in `images`."
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of `images`, "
+                f"sample by sample where these are nested: found {wanted} tokens and {given} images."
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

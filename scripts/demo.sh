@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Describes a picture, or one drawn for the occasion: bash scripts/demo.sh [PICTURE] [options of describe.py]
+set -euo pipefail
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then picture=$(realpath -- "$1") && shift; fi
+source "$(dirname "$0")/setup.sh"
+python -m pip install --quiet --constraint scripts/constraints.txt .
+if [ -z "${picture:-}" ]; then
+  picture="$(mktemp -d)/picture.png"
+  python -c 'import sys
+from PIL import Image, ImageDraw
+image = Image.new("RGB", (640, 400), "white")
+ImageDraw.Draw(image).ellipse((60, 80, 300, 320), fill="crimson")
+image.save(sys.argv[1])' "$picture"
+  echo "Picture: $picture"
+fi
+python scripts/describe.py "$picture" "$@"

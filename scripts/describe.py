@@ -1,0 +1,82 @@
+"""Answers a question about a picture with a Step3-VL model, streaming the answer to standard output.
+
+python scripts/describe.py picture.jpg --model DIRECTORY
+python scripts/describe.py picture.jpg --model DIRECTORY --prompt "What colour is the car?"
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer, logging
+
+import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
+
+
+def pick_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def describe(
+    picture: Path, prompt: str, model: str, device: str | None = None, dtype: str = "auto", max_new_tokens: int = 256
+) -> None:
+    """
+    Streams the answer of the model at `model`, a directory or a hub id, to `prompt` about the picture.
+
+    Raises:
+        `OSError`: if the picture or the model cannot be read.
+    """
+    with Image.open(picture) as image:  # before the model is loaded, which can take minutes
+        image.load()
+    device = device or pick_device()
+    processor = AutoProcessor.from_pretrained(model)
+    # A model may need all the GPUs there are; weights keep the type they are stored in unless asked otherwise.
+    placement = {"device_map": "auto"} if device == "cuda" else {}
+    model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, **placement)
+    if not placement:
+        model = model.to(device)
+
+    content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("picture", type=Path, help="the picture, in any format that Pillow reads")
+    parser.add_argument("--prompt", default="Describe this picture.", help="the question (default: %(default)s)")
+    parser.add_argument("--model", help="directory or hub id (default: a random model, made on the spot)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
+    parser.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: %(default)s)")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    try:
+        if arguments.model is not None:
+            describe(**vars(arguments))
+            return
+        from make_random_model import make_random_model
+
+        print("No --model given: a random one answers, in letters that mean nothing.", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments.model = str(Path(folder, "model"))
+            make_random_model(Path(arguments.model))
+            describe(**vars(arguments))
+    except OSError as error:  # a picture or a model that is not there or cannot be read
+        parser.exit(2, f"{parser.prog}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
