@@ -331,7 +331,9 @@ class Step3VLPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         text_config = self.config.get_text_config()
         if requested_experts is None and text_config.model_type == Step3TextConfig.model_type:
-            if not _experts_fit_grouped_mm(text_config, torch.bfloat16):
+            # The type the model is made in, and the narrower one it may be cast to.
+            dtypes = (torch.get_default_dtype(), torch.bfloat16)
+            if not all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes):
                 return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
@@ -503,8 +505,9 @@ class Step3TextTopKRouter(nn.Module):
 
 
 def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool:
-    """Whether an expert's rows in `dtype` have the 16-byte strides that `torch.nn.functional.grouped_mm` asks for."""
-    return all(size * dtype.itemsize % 16 == 0 for size in (config.hidden_size, config.moe_intermediate_size))
+    """Whether `torch.nn.functional.grouped_mm` takes the experts in `dtype`: it asks for strides of 16 bytes."""
+    sizes = (config.hidden_size, config.moe_intermediate_size)
+    return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
 @use_experts_implementation
@@ -550,9 +553,9 @@ class Step3TextMoE(nn.Module):
         dtype = hidden_states.dtype
         if self.config._experts_implementation == "grouped_mm" and not _experts_fit_grouped_mm(self.config, dtype):
             raise ValueError(
-                f"`grouped_mm` needs rows of a multiple of 16 bytes, which `hidden_size` {self.config.hidden_size} and "
-                f"`moe_intermediate_size` {self.config.moe_intermediate_size} do not give in {dtype}: choose another "
-                'implementation with `model.set_experts_implementation("eager")`.'
+                "`grouped_mm` needs rows of a multiple of 16 bytes and no float64, got `hidden_size` "
+                f"{self.config.hidden_size} and `moe_intermediate_size` {self.config.moe_intermediate_size} in {dtype}: "
+                'choose another implementation with `model.set_experts_implementation("eager")`.'
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)

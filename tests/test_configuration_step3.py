@@ -1,0 +1,125 @@
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from step3_vl import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
+
+
+# As released, with the spellings and the extra keys of that time.
+RELEASED = {
+    "architectures": ["Step3VLForConditionalGeneration"],
+    "model_type": "step3_vl",
+    "im_end_token": "<im_end>",
+    "image_token_len": 169,
+    "image_token_id": 128001,
+    "understand_projector_stride": 2,
+    "projector_bias": False,
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "hidden_size": 1792,
+        "output_hidden_size": 4096,
+        "image_size": 728,
+        "intermediate_size": 15360,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 63,
+        "patch_size": 14,
+    },
+    "text_config": {
+        "architectures": ["Step3TextForCausalLM"],
+        "model_type": "step3_text",
+        "hidden_size": 7168,
+        "num_attention_groups": 1,
+        "max_position_embedding": 65536,
+        "moe_layers_enum": ",".join(str(i) for i in range(4, 60)),
+        "rope_theta": 500000,
+        "rope_scaling": None,
+        "share_q_dim": 2048,
+        "use_im_start_end": "true",
+    },
+}
+
+
+def test_the_released_config_is_the_default_one():
+    config = Step3VLConfig(**json.loads(json.dumps(RELEASED)))
+    default = Step3VLConfig()
+    assert config.text_config.moe_layers == default.text_config.moe_layers == list(range(4, 60))
+    assert config.text_config.rope_parameters == {"rope_theta": 500000, "rope_type": "default"}
+    assert config.text_config.rope_parameters == default.text_config.rope_parameters
+    for part in ("text_config", "vision_config"):
+        ours, theirs = (getattr(c, part).to_dict() for c in (default, config))
+        assert ours.items() <= {**theirs, "architectures": None, "dtype": None}.items()
+
+
+def test_unknown_keys_survive(tmp_path):
+    Step3VLConfig(**RELEASED).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["im_end_token"] == "<im_end>" and saved["image_token_len"] == 169
+    assert saved["text_config"]["use_im_start_end"] == "true"
+    assert Step3VLConfig.from_pretrained(tmp_path).to_dict() == Step3VLConfig.from_pretrained(tmp_path).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("2", [2]), ("3, 1", [1, 3]), ([0, 3], [0, 3]), ((1,), [1]), ("", [1, 2, 3]), (None, [1, 2, 3]), ([], [1, 2, 3])],
+)
+def test_moe_layers(given, expected):
+    config = Step3TextConfig(num_hidden_layers=4, moe_layers_enum=given)
+    assert config.moe_layers == expected
+    assert Step3TextConfig(**config.to_dict()).moe_layers == expected
+
+
+def test_moe_layers_left_out():
+    assert Step3TextConfig().moe_layers == list(range(4, 60))
+    assert Step3TextConfig(num_hidden_layers=4).moe_layers == [1, 2, 3]
+
+
+def test_standard_names():
+    config = Step3TextConfig(num_hidden_layers=2, num_experts=6, num_experts_per_tok=2, max_position_embeddings=77)
+    assert (config.moe_num_experts, config.moe_top_k, config.max_position_embedding) == (6, 2, 77)
+    assert config.num_key_value_heads == 1 and config.norm_topk_prob is False and config.num_local_experts == 6
+    config.norm_topk_prob = True
+    assert config.norm_expert_weight is True
+
+
+def test_the_callers_dictionaries_are_left_alone():
+    given = json.loads(json.dumps(RELEASED))
+    given["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    before = json.dumps(given)
+    Step3VLConfig(**given)
+    assert json.dumps(given) == before
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "message"),
+    [
+        *((Step3TextConfig, {name: 0}, f"`{name}` must be a number of at least 1, got 0") for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+            "num_attention_groups", "share_q_dim", "max_position_embedding", "max_seq_len", "moe_num_experts",
+            "moe_top_k", "moe_intermediate_size", "share_expert_dim",
+        )),
+        *((Step3VisionEncoderConfig, {name: -1}, f"`{name}` must be a number of at least 1, got -1") for name in (
+            "hidden_size", "intermediate_size", "output_hidden_size", "num_hidden_layers", "num_attention_heads",
+            "num_channels", "image_size", "patch_size",
+        )),
+        (Step3TextConfig, {"attention_dropout": 1.5}, "`attention_dropout` must lie between 0 and 1, got 1.5"),
+        (Step3VisionEncoderConfig, {"attention_dropout": -0.1}, "between 0 and 1, got -0.1"),
+        (Step3TextConfig, {"rms_norm_eps": float("nan")}, "`rms_norm_eps`.*nan"),
+        (Step3TextConfig, {"router_aux_loss_coef": -1.0}, "`router_aux_loss_coef`.*-1.0"),
+        (Step3TextConfig, {"hidden_size": "wide"}, "hidden_size.*wide"),
+        (Step3TextConfig, {"head_dim": 7}, "`head_dim` must be even.*7"),
+        (Step3TextConfig, {"num_attention_heads": 6, "num_attention_groups": 4}, "must divide.*4 for 6"),
+        (Step3TextConfig, {"moe_top_k": 49}, "`moe_top_k` must not exceed `moe_num_experts`, got 49 of 48"),
+        (Step3TextConfig, {"moe_layers_enum": "4,x"}, "`moe_layers_enum` must list layer indices.*4,x"),
+        (Step3TextConfig, {"moe_layers_enum": [4, 61]}, "between 0 and 60, got '4,61'"),
+        (Step3TextConfig, {"moe_layers_enum": "-1"}, "between 0 and 60, got '-1'"),
+        (Step3VisionEncoderConfig, {"num_attention_heads": 15}, "15 heads for 1792 channels"),
+        (Step3VisionEncoderConfig, {"image_size": 720}, "patches of 14 px in 720 px"),
+        (Step3VLConfig, {"image_token_id": 128815}, "between 0 and 128814, got 128815"),
+        (Step3VLConfig, {"understand_projector_stride": 0}, "`understand_projector_stride`.*0"),
+        (Step3VLConfig, {"text_config": Step3VisionEncoderConfig()}, "`text_config` must be .*Step3TextConfig, got"),
+    ],
+)  # fmt: skip
+def test_values_are_checked(config_class, changes, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        config_class(**changes)

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
+from transformers import DynamicCache
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+PICTURE_INPUTS = ("pixel_values", "patch_pixel_values", "num_patches")
+
+
+@pytest.fixture
+def encoder_calls(model):
+    """The pictures that go through the vision encoder, a shape for each call."""
+    calls = []
+    model.model.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(tuple((args or kwargs.values()).__iter__().__next__().shape)),
+        with_kwargs=True,
+    )
+    return calls
+
+
+def greedy_by_hand(model, inputs, steps):
+    """The whole sequence through the model anew for each token."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(**{**inputs, "input_ids": ids, "attention_mask": mask}, use_cache=False).logits[:, -1]
+        logits[:, model.config.text_config.eos_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return ids
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}]
+)
+def test_greedy(model, batch, encoder_calls, options):
+    expected = greedy_by_hand(model, batch, 8)
+    encoder_calls.clear()
+    assert torch.equal(model.generate(**batch, **GREEDY, **options), expected)
+    if options.get("use_cache", True):  # once, at prefill
+        assert encoder_calls == [(3, 3, 112, 112), (3, 3, 56, 56)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"num_beams": 2, "do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    ],
+)
+def test_beams_keep_each_rows_own_pictures(model, batch, encoder_calls, options):
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
+    together = model.generate(**batch, **options)
+    assert encoder_calls == [(3, 3, 112, 112), (3, 3, 56, 56)]  # not once for each beam
+    returned = options.get("num_return_sequences", 1)
+    for row in range(3):
+        alone = model.generate(**row_alone(batch, row), **options)
+        assert torch.equal(together[row * returned : (row + 1) * returned, -5:], alone[:, -5:])
+
+
+def test_sampled_sequences_see_their_own_pictures(model, batch):
+    """Sampling that leaves one choice is greedy."""
+    expected = model.generate(**batch, **GREEDY)
+    options = {"do_sample": True, "top_k": 1, "max_new_tokens": 8, "min_new_tokens": 8}
+    sampled = model.generate(**batch, **options, num_return_sequences=2)
+    assert torch.equal(sampled, expected.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("assistant", ["prompt lookup", "model"])
+def test_assisted_decoding_is_greedy(model, batch, assistant):
+    inputs = row_alone(batch, 2)
+    if assistant == "model":
+        options = {"assistant_model": small_model(small_config(text={"num_hidden_layers": 2, "moe_layers_enum": "1"}))}
+    else:
+        options = {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(**inputs, **GREEDY, **options), model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("form", ["pixels", "features"])
+def test_continuing_from_a_cache(model, encoder_calls, form):
+    """A second turn with a picture of its own, after a first whose pictures the cache holds, batched."""
+    full = small_batch(model)
+    first, second = row_alone(full, 1), row_alone(full, 2)
+    # Two rows: the first turn has a picture with patches in one and none in the other; the second turn the reverse.
+    length = first["input_ids"].shape[1]
+    other = torch.arange(40, 40 + length)[None]
+    turn_two = second["input_ids"]
+    plain = torch.arange(60, 60 + turn_two.shape[1])[None]
+    ids = torch.cat([torch.cat([first["input_ids"], other]), torch.cat([plain, turn_two])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    pictures = {name: torch.cat([first[name], second[name]]) for name in PICTURE_INPUTS}
+    if form == "features":
+        pictures = {"image_embeds": torch.cat(model.get_image_features(**pictures).pooler_output)}
+    expected = model.generate(**inputs, **pictures, **GREEDY)
+
+    cache = DynamicCache(config=model.config)
+    turn_one = {"input_ids": ids[:, :length], "attention_mask": torch.ones(2, length).long()}
+    with torch.no_grad():
+        model(**turn_one, **{name: first[name] for name in PICTURE_INPUTS}, past_key_values=cache)
+    encoder_calls.clear()
+    continued = model.generate(**inputs, **pictures, past_key_values=cache, **GREEDY)
+    assert torch.equal(continued, expected)
+
+
+def test_from_embeddings(model, batch):
+    expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert torch.equal(model.generate(**batch, inputs_embeds=embeds, **GREEDY), expected)
+    beams = model.generate(**batch, inputs_embeds=embeds, num_beams=2, **GREEDY)
+    ids = {"input_ids": small_batch(model)["input_ids"]}
+    assert torch.equal(beams, model.generate(**batch, **ids, num_beams=2, **GREEDY)[:, -8:])
+
+
+def test_pictures_and_placeholders_must_match(model, batch):
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 5)
+    with pytest.raises(ValueError, match="0 image tokens.*15 image features"):
+        model.generate(**batch, **GREEDY)

@@ -1,0 +1,388 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
+from reference import step3_logits
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+
+from step3_vl import (
+    Step3TextForCausalLM,
+    Step3VLConfig,
+    Step3VLForConditionalGeneration,
+    Step3VLModel,
+)
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+EXPERTS = ["eager", "batched_mm", "grouped_mm"]
+
+
+def weights_on_disk(model, directory) -> dict[str, torch.Tensor]:
+    model.save_pretrained(directory)
+    return load_file(directory / "model.safetensors")
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        *((name, attention) for name in ("text_only", "mixed", "renorm") for attention in ("eager", "sdpa")),
+        # On a CPU flex attention takes heads of a power of two only, at least 16 wide: the text model's, except `renorm`'s.
+        *((name, "flex_attention") for name in ("text_only", "mixed")),
+    ],
+)
+def test_goldens(name, attention, experts):
+    inputs = load_file(GOLDENS / name / "inputs.safetensors")
+    expected = load_file(GOLDENS / name / "expected.safetensors")
+    vision_attention = "sdpa" if attention == "flex_attention" else attention
+    implementation = {"": attention, "text_config": attention, "vision_config": vision_attention}
+    model = Step3VLForConditionalGeneration.from_pretrained(
+        GOLDENS / name, attn_implementation=implementation, experts_implementation=experts
+    )
+    with torch.no_grad():
+        output = model(**inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[real], expected["logits"][real], atol=1e-4, rtol=0)
+    if "image_features" in expected:
+        torch.testing.assert_close(torch.cat(output.image_hidden_states), expected["image_features"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_configs_match_the_reference(seed, tmp_path):
+    draw = random.Random(seed)
+    layers = draw.randint(1, 4)
+    head_dim, vision_heads = 2 * draw.randint(2, 12), draw.choice([1, 2, 4])
+    experts = draw.randint(2, 7)
+    config = small_config(
+        text={
+            "num_hidden_layers": layers,
+            "num_attention_heads": draw.randint(1, 7),
+            "head_dim": head_dim,
+            "share_q_dim": draw.randint(5, 50),
+            "hidden_size": 8 * draw.randint(2, 8),
+            "intermediate_size": draw.randint(10, 90),
+            "moe_num_experts": experts,
+            "moe_top_k": draw.randint(1, experts),
+            "moe_intermediate_size": 8 * draw.randint(1, 5),
+            "share_expert_dim": draw.randint(10, 60),
+            "norm_expert_weight": draw.random() < 0.5,
+            "moe_layers_enum": ",".join(str(i) for i in range(layers) if draw.random() < 0.6) or None,
+            "rope_theta": draw.choice([500000, 1000.0]),
+        },
+        vision={
+            "hidden_size": 8 * vision_heads * draw.randint(1, 3),
+            "num_attention_heads": vision_heads,
+            "num_hidden_layers": draw.randint(1, 3),
+            "output_hidden_size": draw.randint(4, 20),
+            "image_size": 112,
+            "layer_norm_eps": draw.choice([1e-5, 1e-2]),
+        },
+        understand_projector_stride=draw.choice([1, 2]),
+        projector_bias=draw.random() < 0.5,
+    )
+    model = small_model(config, seed=seed)
+    inputs = small_batch(model)
+    weights = weights_on_disk(model, tmp_path)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights, **inputs)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[real].double(), expected[real], atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_match_the_reference(tmp_path):
+    """In float64, which `grouped_mm` does not take."""
+    model = small_model(dtype=torch.float64)
+    inputs = small_batch(model)
+    inputs.update({k: v.double() for k, v in inputs.items() if v.is_floating_point()})
+    real = inputs["attention_mask"].bool()
+    weights = {name: tensor.requires_grad_() for name, tensor in weights_on_disk(model, tmp_path).items()}
+    config = json.loads((tmp_path / "config.json").read_text())
+    projection = torch.randn(97, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (step3_logits(config, weights, **inputs)[real] @ projection).tanh().sum().backward()
+    expected = {name: tensor.grad for name, tensor in weights.items()}
+
+    for attention, experts in [("eager", "eager"), ("sdpa", "batched_mm")]:
+        model.set_attn_implementation(attention)
+        model.set_experts_implementation(experts)
+        model.zero_grad()
+        (model(**inputs).logits[real] @ projection).tanh().sum().backward()
+        # Saved under the names on disk, a model whose weights are its gradients shows them.
+        gradients = Step3VLForConditionalGeneration._from_config(model.config, dtype=torch.float64)
+        for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
+            target.data = source.grad
+        for name, gradient in weights_on_disk(gradients, tmp_path / "gradients").items():
+            # The position table is resized in float32, as the model does it.
+            torch.testing.assert_close(
+                gradient, expected[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_batch_equals_rows_alone(attention):
+    model = small_model(attn_implementation=attention)
+    batch = small_batch(model)
+    with torch.no_grad():
+        together = model(**batch).logits
+        right_padded = model(
+            **{
+                **batch,
+                **{
+                    name: torch.stack(
+                        [row.roll(int(mask.sum())) for row, mask in zip(batch[name], batch["attention_mask"])]
+                    )
+                    for name in ("input_ids", "attention_mask")
+                },
+            }
+        ).logits
+        for row in range(3):
+            alone = model(**row_alone(batch, row)).logits[0]
+            length = len(alone)
+            torch.testing.assert_close(together[row, -length:], alone, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(right_padded[row, :length], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cache", "attention"),
+    # With flex attention transformers' static cache gives wrong answers past the first pass, Llama's too.
+    [("dynamic", "eager"), ("dynamic", "sdpa"), ("dynamic", "flex_attention"), ("static", "eager"), ("static", "sdpa")],
+)
+def test_token_by_token_equals_one_pass(cache, attention):
+    model = small_model(attn_implementation={"": attention, "text_config": attention, "vision_config": "sdpa"})
+    inputs = row_alone(small_batch(model), 2)
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        first = model.get_image_features(*(inputs[k] for k in ("pixel_values", "patch_pixel_values", "num_patches")))
+        embeds = model.get_input_embeddings()(ids)
+        mask = model.get_placeholder_mask(ids, embeds, torch.cat(first.pooler_output))
+        embeds = embeds.masked_scatter(mask, torch.cat(first.pooler_output))
+        if cache == "dynamic":
+            past = DynamicCache(config=model.config)
+        else:
+            past = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 5)
+        steps = [embeds[:, :3], embeds[:, 3:5], *embeds[:, 5:].split(1, dim=1)]
+        logits = [model(inputs_embeds=step, past_key_values=past).logits for step in steps]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Records how many elements the largest tensor has that any operation allocates."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in storages:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return output
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_key_value_head_is_never_copied_per_query_head(attention, padded):
+    config = small_config(text={"num_attention_heads": 16, "head_dim": 32})
+    model = small_model(config, attn_implementation=attention).model.language_model
+    length, batch_size = 300, 2
+    mask = torch.ones(batch_size, length + 1, dtype=torch.long)
+    mask[0, :7] = int(not padded)
+    with torch.no_grad():
+        past = model(torch.full((batch_size, length), 5), attention_mask=mask[:, :-1]).past_key_values
+        with LargestAllocation() as allocation:
+            model(torch.full((batch_size, 1), 5), attention_mask=mask, past_key_values=past)
+    one_head = batch_size * (length + 1) * 32
+    assert one_head <= allocation.largest < 2 * one_head  # the cache itself, and nothing like 16 of it
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
+    model = small_model(attn_implementation=attention)
+    batch = small_batch(model)
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(**batch, **options, disable_compile=True)
+
+    with torch.no_grad():
+        past = StaticCache(config=model.config, max_cache_len=batch["input_ids"].shape[1] + 6)
+        mask = torch.nn.functional.pad(batch["attention_mask"], (0, 6), value=1)
+        length = batch["input_ids"].shape[1]
+        logits = model(**batch, past_key_values=past, logits_to_keep=1).logits
+        step = torch.compile(model, fullgraph=True)
+        tokens = [logits.argmax(-1)]
+        for i in range(5):
+            prepared = model.prepare_inputs_for_generation(
+                tokens[-1], past_key_values=past, attention_mask=mask[:, : length + i + 1], use_cache=True
+            )
+            tokens.append(step(**prepared).logits.argmax(-1))
+    assert torch.cat(tokens, 1).tolist() == expected[:, length:].tolist()
+
+
+def test_logits_to_keep(model, batch):
+    with torch.no_grad():
+        all_logits = model(**batch).logits
+        for keep, expected in [
+            (2, all_logits[:, -2:]),
+            (torch.tensor([0, 3]), all_logits[:, [0, 3]]),
+            (torch.tensor([[1], [2], [3]]), all_logits[torch.arange(3), [1, 2, 3]][:, None]),
+            (batch["attention_mask"].bool(), all_logits[batch["attention_mask"].bool()]),
+        ]:
+            torch.testing.assert_close(model(**batch, logits_to_keep=keep).logits, expected)
+
+
+def test_loss_is_cross_entropy_of_the_next_tokens(model, batch):
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    output = model(**batch, labels=labels)
+    expected = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_recorded_outputs_and_load_balancing(batch):
+    model = small_model(small_config(text={"router_aux_loss_coef": 0.5}), attn_implementation="eager")
+    labels = batch["input_ids"]
+    plain = model(**batch, labels=labels)
+    assert plain.aux_loss is None and plain.router_logits is None and plain.hidden_states is None
+    output = model(**batch, labels=labels, output_router_logits=True, output_hidden_states=True, output_attentions=True)
+    tokens = labels.numel()
+    assert [tuple(logits.shape) for logits in output.router_logits] == [(tokens, 6)] * 2
+    assert [tuple(states.shape) for states in output.hidden_states] == [(*labels.shape, 48)] * 4
+    length = labels.shape[1]
+    assert [tuple(attentions.shape) for attentions in output.attentions] == [(3, 6, length, length)] * 3
+    torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.aux_loss)
+
+    # Switch Transformer's loss, equations (4) to (6), by its definition: over real tokens, all mixtures together.
+    real = batch["attention_mask"].bool().flatten()
+    probabilities = torch.cat([logits[real].softmax(-1) for logits in output.router_logits])
+    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(2).indices, 1.0)
+    expected = 6 * (chosen.mean(0) * probabilities.mean(0)).sum()
+    torch.testing.assert_close(output.aux_loss, expected)
+
+
+def test_gradient_checkpointing_changes_nothing(model, batch):
+    def gradients():
+        model.zero_grad()
+        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = gradients()
+    model.train()
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_training_from_scratch_learns_without_nan():
+    model = Step3VLForConditionalGeneration(
+        small_config(text={"initializer_range": 0.02}, vision={"initializer_range": 0.02})
+    )
+    batch = small_batch(model)
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        # A matrix that no one initialised would be zeros, or whatever memory held.
+        assert parameter.ndim == 1 or name.endswith("bias") or 0.01 < parameter.std() < 0.03, name
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(**batch, labels=batch["input_ids"], output_router_logits=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_embeddings_in_place_of_ids_and_features_in_place_of_pixels(model, batch):
+    with torch.no_grad():
+        expected = model(**batch).logits
+        features = model.get_image_features(
+            *(batch.pop(k) for k in ("pixel_values", "patch_pixel_values", "num_patches"))
+        )
+        image_embeds = torch.cat(features.pooler_output)
+        torch.testing.assert_close(model(**batch, image_embeds=image_embeds).logits, expected)
+        inputs_embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+        before = inputs_embeds.clone()
+        torch.testing.assert_close(
+            model(**batch, inputs_embeds=inputs_embeds, image_embeds=image_embeds).logits, expected
+        )
+        assert torch.equal(inputs_embeds, before)
+
+
+def test_attention_is_switched_per_tower(model, batch):
+    model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert model(**batch, output_attentions=True).attentions[0] is not None
+
+
+def test_attention_takes_the_heads_it_gets():
+    """As under tensor parallelism: half of the query heads give half of the output projection's sum."""
+    config = small_config()
+    for attention in ("eager", "sdpa"):
+        model = small_model(config, attn_implementation=attention).model.language_model
+        layer = model.layers[0].self_attn
+        hidden_states = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(0))
+        position_embeddings = model.rotary_emb(hidden_states, torch.arange(5)[None])
+        mask = torch.ones(5, 5).tril().log()[None, None]
+        with torch.no_grad():
+            whole, _ = layer(hidden_states, position_embeddings, mask)
+            wq, o_proj = layer.wq.weight.clone(), layer.o_proj.weight.clone()
+            total = torch.zeros_like(whole)
+            for half in (slice(0, 48), slice(48, 96)):
+                layer.wq.weight, layer.o_proj.weight = torch.nn.Parameter(wq[half]), torch.nn.Parameter(o_proj[:, half])
+                total += layer(hidden_states, position_embeddings, mask)[0]
+        torch.testing.assert_close(total, whole)
+
+
+def test_grouped_mm_with_narrow_experts_is_refused_or_replaced(batch):
+    config = small_config(text={"moe_intermediate_size": 12})
+    model = small_model(config, dtype=torch.bfloat16)
+    model(**batch)  # left to itself it takes another implementation
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(ValueError, match="grouped_mm.*moe_intermediate_size.* 12.*bfloat16"):
+        model(**batch)
+
+
+def test_the_default_config_is_the_released_model():
+    with torch.device("meta"):
+        model = Step3VLModel(Step3VLConfig())
+        head = 128815 * 7168
+    text = sum(parameter.numel() for parameter in model.language_model.parameters()) + head
+    total = sum(parameter.numel() for parameter in model.parameters()) + head
+    assert round(text / 1e9, 1) == 316.3
+    assert 320.5e9 < total < 321.5e9
+
+
+def test_inputs_that_do_not_fit_are_named(model, batch):
+    def fails(message, **changes):
+        with pytest.raises(ValueError, match=message):
+            model(**{**batch, **changes})
+
+    fails("exactly one of `input_ids` and `inputs_embeds`", input_ids=None)
+    fails("square.*112, 98", pixel_values=torch.zeros(3, 3, 112, 98))
+    fails("multiple of 14", pixel_values=torch.zeros(3, 3, 100, 100))
+    fails(r"\(images, 3, side, side\), got \(3, 4, 112, 112\)", pixel_values=torch.zeros(3, 4, 112, 112))
+    fails(r"add up to the 0 patches.*\[2, 0, 1\]", patch_pixel_values=None)
+    fails("add up to the 3 patches", num_patches=torch.tensor([2, 0, 2]))
+    fails(
+        "has 15 image tokens.*14 image features",
+        num_patches=torch.tensor([2, 0, 0]),
+        patch_pixel_values=torch.zeros(2, 3, 56, 56),
+    )
+    fails("only one of them", image_embeds=torch.zeros(15, 48))
+    fails("`full_attention`, got .'sliding_attention'", attention_mask={"sliding_attention": None})
+    assert (batch["input_ids"] == IMAGE_TOKEN).sum() == 15
+    model(**batch)
+
+
+def test_text_model_alone_is_the_text_part(model):
+    text = Step3TextForCausalLM._from_config(model.config.text_config).eval()
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(model.lm_head.state_dict())
+    ids = torch.tensor([[11, 12, 13]])
+    torch.testing.assert_close(text(ids).logits, model(ids).logits)
