@@ -92,7 +92,7 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 63): Number of layers.
         num_attention_heads (`int`, defaults to 16): Number of attention heads; divides `hidden_size`.
         num_channels (`int`, defaults to 3): Channels of a picture.
-        image_size (`int`, defaults to 728): Side of the pictures, in pixels, that the position embeddings were trained on.
+        image_size (`int`, defaults to 728): Side in pixels of the pictures that the positions were trained on.
         patch_size (`int`, defaults to 14): Side of a patch in pixels; divides `image_size`.
         hidden_act (`str`, defaults to `"quick_gelu"`): Activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
@@ -149,7 +149,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 61): Number of layers.
         num_attention_heads (`int`, defaults to 64): Number of query heads.
         num_attention_groups (`int`, defaults to 1):
-            Number of key/value heads; divides `num_attention_heads`. Step3 shares one head among all query heads, and the
+            Number of key/value heads; divides `num_attention_heads`. Step3 shares one among all query heads, and the
             serving engines take no other number.
         head_dim (`int`, defaults to 256): Width of a head; even, as rotary embedding turns pairs of channels.
         share_q_dim (`int`, defaults to 2048): Rank of the query projection.
@@ -197,8 +197,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "norm_topk_prob": "norm_expert_weight",
         "shared_expert_intermediate_size": "share_expert_dim",
     }
-    # Query heads are split over the ranks, with the output projection that reads them; the one key/value head stays whole
-    # on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
+    # Query heads are split over the ranks, with the output projection that reads them; the one key/value head stays
+    # whole on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
     # cut them in the wrong place. `replicated_key_value_head` and `split_experts` are styles of modeling_step3.
     base_model_tp_plan = {
         "layers.*.self_attn.wq": "colwise",
@@ -377,9 +377,10 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     def validate_architecture(self):
         """Checks the parts' types, the stride and the image token."""
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
-            if getattr(self, name).model_type != config_class.model_type:
+            part = getattr(self, name)
+            if part.model_type != config_class.model_type:
                 raise ValueError(
-                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(getattr(self, name)).__name__}."
+                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(part).__name__}."
                 )
         _check_at_least(self, 1, "understand_projector_stride")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:

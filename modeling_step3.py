@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, and the vision encoder in front of it.
+"""Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, behind a vision encoder.
 
 Read from top to bottom, in the order data flows: the names on disk, the vision encoder, the text decoder, the two
 together, the language-model heads.
@@ -207,7 +207,7 @@ class Step3VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
 
     def grid_positions(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings (height · width, hidden_size) of a grid, resized from the trained one where they differ."""
+        """Position embeddings (height · width, hidden_size) of a grid, resized from the trained one if they differ."""
         positions = self.position_embedding.weight[1:]
         if (height, width) == (self.grid_size, self.grid_size):
             return positions
@@ -553,8 +553,8 @@ class Step3TextMoE(nn.Module):
         dtype = hidden_states.dtype
         if self.config._experts_implementation == "grouped_mm" and not _experts_fit_grouped_mm(self.config, dtype):
             raise ValueError(
-                "`grouped_mm` needs rows of a multiple of 16 bytes and no float64, got `hidden_size` "
-                f"{self.config.hidden_size} and `moe_intermediate_size` {self.config.moe_intermediate_size} in {dtype}: "
+                f"`grouped_mm` needs rows of a multiple of 16 bytes and no float64, got {dtype} with `hidden_size` "
+                f"{self.config.hidden_size} and `moe_intermediate_size` {self.config.moe_intermediate_size}: "
                 'choose another implementation with `model.set_experts_implementation("eager")`.'
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -1207,7 +1207,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         input_ids: torch.LongTensor | None = None,
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
-        """Repeats each row `expand_size` times, and with it the features of its own pictures, which are encoded once."""
+        """Repeats each row `expand_size` times, with the features of its own pictures, which are encoded once."""
         if expand_size == 1:
             return input_ids, model_kwargs
         pictures = {

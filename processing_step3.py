@@ -208,8 +208,8 @@ class Step3VLImageProcessor(PilBackend):
         rescale_factor (`float`, defaults to 1/255): What pixel values are multiplied by.
         resample (`PILImageResampling`, defaults to `BILINEAR`): `BILINEAR` or `BICUBIC`.
 
-    and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a global
-    view and of a patch, follow from them and are saved with them.
+    and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a
+    global view and of a patch, follow from them and are saved with them.
     """
 
     valid_kwargs = Step3VLImageProcessorKwargs

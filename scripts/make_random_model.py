@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
@@ -163,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         make_random_model(**vars(arguments))
-    except (FileExistsError, ValueError) as error:
+    except (FileExistsError, ValueError, StrictDataclassError) as error:
         parser.error(str(error))
     print(arguments.directory)
 

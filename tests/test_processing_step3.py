@@ -1,0 +1,246 @@
+import base64
+import functools
+import http.server
+import io
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from step3_vl import Step3VLImageProcessor, Step3VLProcessor
+
+
+GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
+
+
+def golden_picture(width, height) -> Image.Image:
+    y, x, c = np.mgrid[:height, :width, :3]
+    return Image.fromarray(((7 * x + 13 * y + 29 * c + (x * y) // 17) % 256).astype(np.uint8))
+
+
+def noise(width, height, channels=3, seed=0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+@pytest.fixture(scope="module")
+def released() -> Step3VLImageProcessor:
+    return Step3VLImageProcessor()
+
+
+def test_counts_of_the_goldens(released, processor):
+    released_processor = Step3VLProcessor(released, processor.tokenizer)
+    sizes = [(golden["height"], golden["width"]) for golden in GOLDENS["sizes"]]
+    counts = released_processor._get_num_multimodal_tokens(sizes)
+    for i, golden in enumerate(GOLDENS["sizes"]):
+        plan = released.plan(golden["width"], golden["height"])
+        assert (plan.num_patches, plan.num_newlines) == (golden["num_patches"], golden["num_newlines"]), golden
+        assert counts["num_image_tokens"][i] == golden["num_tokens"], golden
+        assert counts["num_image_patches"][i] == golden["num_patches"], golden
+
+
+def test_pixels_of_the_goldens(released):
+    goldens = GOLDENS["pixels"]
+    output = released([golden_picture(g["width"], g["height"]) for g in goldens], return_tensors="pt")
+    assert output["num_patches"].tolist() == [g["num_patches"] for g in goldens]
+    assert output["patch_newline_mask"].tolist() == [newline for g in goldens for newline in g["patch_newline_mask"]]
+    patch = 0
+    for i, golden in enumerate(goldens):
+        views = [(output["pixel_values"][i], golden["pixel_values"][0])]
+        for expected in golden["patch_pixel_values"]:
+            views.append((output["patch_pixel_values"][patch], expected))
+            patch += 1
+        for pixels, expected in views:
+            sampled = pixels.flatten()[expected["at"]]
+            torch.testing.assert_close(sampled, torch.tensor(expected["values"]), atol=1e-5, rtol=0)
+            assert abs(pixels.mean().item() - expected["mean"]) < 1e-5
+            assert abs(pixels.std().item() - expected["std"]) < 1e-5
+
+
+def test_a_batch_is_its_pictures_one_by_one():
+    image_processor = Step3VLImageProcessor(size={"height": 112, "width": 112}, patch_size=56, max_image_size=336)
+    pictures = [noise(*size, seed=i) for i, size in enumerate([(90, 90), (300, 80), (90, 90), (20, 100), (401, 333)])]
+    together = image_processor(pictures, return_tensors="pt")
+    alone = [image_processor(picture, return_tensors="pt") for picture in pictures]
+    for name in ("pixel_values", "num_patches", "patch_pixel_values"):
+        assert torch.equal(together[name], torch.cat([one[name] for one in alone if name in one])), name
+    # One resize for each side of the squares there are, not one for each picture or patch.
+    calls = []
+    resize = torch.nn.functional.interpolate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "interpolate", lambda x, **k: calls.append(x.shape) or resize(x, **k))
+        image_processor([noise(100, 100, seed=i) for i in range(5)])
+        assert [shape[0] for shape in calls] == [5]
+
+
+def png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def test_every_way_to_give_a_picture(tmp_path):
+    image_processor = Step3VLImageProcessor()
+    picture = noise(90, 61)
+    pixels = np.asarray(picture)
+    expected = image_processor(picture, return_tensors="pt")["pixel_values"]
+    path = tmp_path / "picture.png"
+    path.write_bytes(png(picture))
+    encoded = base64.b64encode(png(picture)).decode()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    ways = {
+        "array": pixels,
+        "channels first": pixels.transpose(2, 0, 1),
+        "floats": pixels / 255,
+        "tensor": torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        "path": str(path),
+        "Path": path,
+        "url": f"http://127.0.0.1:{server.server_port}/picture.png",
+        "base64": encoded,
+        "data url": f"data:image/png;base64,{encoded}",
+    }
+    for way, given in ways.items():
+        fetched = image_processor.fetch_images([[given]])
+        assert torch.equal(image_processor(fetched, return_tensors="pt")["pixel_values"], expected), way
+        assert torch.equal(image_processor(given, return_tensors="pt")["pixel_values"], expected), way
+    server.shutdown()
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    image_processor = Step3VLImageProcessor()
+
+    def pixels(image):
+        return image_processor(image, return_tensors="pt")["pixel_values"]
+
+    grey, colour = noise(50, 40, channels=1), noise(50, 40)
+    wide = np.asarray(grey).astype(np.uint16) * 257  # 16 bits: 255 becomes 65535
+    for same_as_grey in (
+        grey.convert("RGB"), grey.convert("LA"), Image.fromarray(wide), Image.fromarray(wide.astype(np.int32)),
+        Image.fromarray(np.asarray(grey).astype(np.float32)), wide[None], np.asarray(grey)[..., None],
+    ):  # fmt: skip
+        assert torch.equal(pixels(same_as_grey), pixels(grey))
+    for mode in ("RGBA", "CMYK", "P", "YCbCr", "1"):
+        image = colour.convert(mode)
+        assert torch.equal(pixels(image), pixels(image.convert("RGB"))), mode
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert torch.equal(pixels(tmp_path / "wide.png"), pixels(grey))
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera held upright: rotated by 270 degrees to be seen
+    colour.save(tmp_path / "turned.png", exif=exif)
+    upright = colour.transpose(Image.Transpose.ROTATE_270)
+    for turned in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        assert torch.equal(pixels(turned), pixels(upright))
+
+
+def test_several_samples_with_different_numbers_of_pictures(processor):
+    a, b, c = noise(224, 224), noise(500, 200, seed=1), noise(300, 300, seed=2)
+    text = ["no picture", "one: <im_patch>!", "two: <im_patch> and <im_patch>"]
+    nested = processor(text=text, images=[[], [a], [b, c]], padding=True, return_tensors="pt")
+    flat = processor(text=text, images=[a, b, c], padding=True, return_tensors="pt")
+    for name in nested:
+        assert torch.equal(nested[name], flat[name]), name
+    assert nested["num_patches"].tolist() == [processor.image_processor.plan(*i.size).num_patches for i in (a, b, c)]
+    image_tokens = (nested["input_ids"] == processor.image_token_id).sum(-1).tolist()
+    patches = nested["num_patches"].tolist()
+    assert image_tokens == [0, 4 * patches[0] + 16, 4 * (patches[1] + patches[2]) + 32]
+    assert nested["attention_mask"][:, -1].all() and not nested["attention_mask"][0, 0]  # padded on the left
+    assert "patch_newline_mask" not in nested
+
+    # Tokens in the order of the description: patches in rows, newlines between rows, the global view last.
+    rows = processor(text="<im_patch>", images=b)["input_ids"][0]
+    plan = processor.image_processor.plan(*b.size)
+    assert plan.rows > 1
+    patch = "<patch_start>" + 4 * "<im_patch>" + "<patch_end>"
+    expected = (
+        "<patch_newline>".join([patch * plan.columns] * plan.rows) + "<im_start>" + 16 * "<im_patch>" + "<im_end>"
+    )
+    assert processor.decode(rows) == expected
+
+
+def test_another_size_is_saved(processor, tmp_path):
+    image_processor = Step3VLImageProcessor(size={"height": 336, "width": 336}, patch_size=168)
+    assert (image_processor.num_image_tokens, image_processor.num_patch_tokens) == (36, 9)
+    Step3VLProcessor(image_processor, processor.tokenizer).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    assert (saved["num_image_tokens"], saved["num_patch_tokens"]) == (36, 9)
+    (tmp_path / "config.json").write_text('{"model_type": "step3_vl"}')
+    again = AutoProcessor.from_pretrained(tmp_path)
+    ids = again(text="<im_patch>", images=noise(100, 100))["input_ids"][0]
+    assert ids.count(again.image_token_id) == 36
+    assert again(text="<im_patch>", images=noise(100, 100))["pixel_values"].shape == (1, 3, 336, 336)
+
+
+def test_chat_template(processor, tmp_path):
+    picture = noise(224, 224)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "Noise."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == (
+        "<｜begin▁of▁sentence｜>Be brief.<|BOT|>user\n<im_patch>What?<|EOT|><|BOT|>assistant\nNoise.<|EOT|>"
+        "<|BOT|>user\nSure?<|EOT|><|BOT|>assistant\n"
+    )
+    encoded = processor.apply_chat_template(
+        [messages, messages[2:]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True},
+    )
+    assert encoded["pixel_values"].shape[0] == 1 and encoded["input_ids"].shape[0] == 2
+    for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+        assert processor.decode(ids[torch.as_tensor(mask).bool()]) == "Noise.<|EOT|>"
+
+    # A checkpoint's own template wins, wherever it is kept.
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "step3_vl"}')
+    (tmp_path / "chat_template.jinja").write_text("mine: {{ messages[0]['content'] }}")
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.apply_chat_template([messages[3]]) == "mine: Sure?"
+    (tmp_path / "chat_template.jinja").unlink()
+    tokenizer_config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tokenizer_config["chat_template"] = "theirs: {{ messages[0]['content'] }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.apply_chat_template([messages[3]]) == "theirs: Sure?"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"text": "no place", "images": [noise(9, 9)]}, r"should be the same"),
+        ({"text": "<im_patch>"}, r"no images were passed|found \[1\] tokens and 0 images"),
+        ({"text": ["<im_patch>", "none"], "images": [[], [noise(9, 9)]]}, r"found \[1, 0\] tokens and \[0, 1\] images"),
+        ({"text": "<im_patch>", "images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
+        ({"text": "<im_patch>", "images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
+        ({"text": "<im_patch>", "images": noise(9, 9), "size": {"height": 28, "width": 56}}, "`size` must be a square"),
+        ({}, "at least one input|got neither"),
+    ],
+)
+def test_what_does_not_fit_is_refused(processor, call, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**call)
+
+
+def test_a_tokenizer_without_the_tokens_is_refused(released, processor):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"<im_patch>": 0}, merges=[])))
+    with pytest.raises(ValueError, match="lacks <im_start>, <im_end>, <patch_start>"):
+        Step3VLProcessor(released, bare)
