@@ -206,23 +206,24 @@ class Step3VisionEmbeddings(nn.Module):
         )
         self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
 
-    def grid_positions(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings (height · width, hidden_size) of a grid, resized from the trained one if they differ."""
-        positions = self.position_embedding.weight[1:]
+    def resize_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Position embeddings (rows, hidden_size) of the trained grid, resized to a grid of `height` × `width`."""
         if (height, width) == (self.grid_size, self.grid_size):
             return positions
         dtype = torch.promote_types(positions.dtype, torch.float32)
-        positions = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
-        positions = nn.functional.interpolate(
-            positions, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        grid = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False
         )
-        return positions.flatten(2).transpose(1, 2)[0].to(self.position_embedding.weight.dtype)
+        return grid.flatten(2).transpose(1, 2)[0].to(positions.dtype)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         height, width = patches.shape[-2:]
-        patches = patches.flatten(2).transpose(1, 2) + self.grid_positions(height, width)
-        class_row = self.class_embedding + self.position_embedding.weight[:1]
+        # Looked up, not read from the weight, which may be offloaded until the module is called.
+        positions = self.position_embedding(torch.arange(self.grid_size**2 + 1, device=patches.device))
+        patches = patches.flatten(2).transpose(1, 2) + self.resize_positions(positions[1:], height, width)
+        class_row = self.class_embedding + positions[:1]
         class_rows = class_row.expand(patches.shape[0], self.num_class_rows, -1)
         return torch.cat([class_rows, patches], dim=1)
 
@@ -707,22 +708,22 @@ class Step3TextModel(Step3VLPreTrainedModel):
 class Step3VLModelOutputWithPast(MoeModelOutputWithPast):
     """
     Args:
-        image_hidden_states (`tuple[torch.Tensor]`, *optional*):
-            For each picture, the `(rows, hidden_size)` features that took the place of its image tokens.
+        image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+            The features of all pictures, one after the other, that took the place of the image tokens.
     """
 
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class Step3VLCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """
     Args:
-        image_hidden_states (`tuple[torch.Tensor]`, *optional*):
-            For each picture, the `(rows, hidden_size)` features that took the place of its image tokens.
+        image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+            The features of all pictures, one after the other, that took the place of the image tokens.
     """
 
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
 
 
 class Step3VLModel(Step3VLPreTrainedModel):
@@ -757,6 +758,44 @@ class Step3VLModel(Step3VLPreTrainedModel):
         feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
 
+    def encode_pictures(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """The features of all pictures (rows, hidden_size), and the encoder's output on the global views. Arguments
+        and errors are those of [`~Step3VLModel.get_image_features`]."""
+        vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
+        image_features = self.project(vision_outputs.last_hidden_state)
+        num_images, num_tokens, _ = image_features.shape
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
+        if num_patches is None:
+            num_patches = [0] * num_images
+        num_patches = torch.as_tensor(num_patches, device=image_features.device)
+        torch_compilable_check(
+            (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
+            lambda: (
+                f"`num_patches` must have an entry for each of the {num_images} pictures of `pixel_values`, and they "
+                f"must add up to the {patches_given} patches of `patch_pixel_values`, got {num_patches.tolist()}."
+            ),
+        )
+        if patches_given == 0:
+            return image_features.flatten(0, 1), vision_outputs
+
+        patch_outputs = self.vision_model(patch_pixel_values, return_dict=True)
+        patch_features = self.project(patch_outputs.last_hidden_state)
+        # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
+        images = torch.arange(num_images, device=num_patches.device)
+        image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
+        places = [
+            (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
+            (2 * images + 1).repeat_interleave(num_tokens),
+        ]
+        features = torch.cat([patch_features.flatten(0, 1), image_features.flatten(0, 1)])
+        return features[torch.cat(places).argsort(stable=True)], vision_outputs
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -782,34 +821,26 @@ class Step3VLModel(Step3VLPreTrainedModel):
         Raises:
             `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
         """
-        if num_patches is None:
-            patch_counts = [0] * pixel_values.shape[0]
-        else:
-            patch_counts = num_patches.tolist() if isinstance(num_patches, torch.Tensor) else list(num_patches)
-        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
-        if len(patch_counts) != pixel_values.shape[0] or sum(patch_counts) != patches_given:
-            raise ValueError(
-                f"`num_patches` must have an entry for each of the {pixel_values.shape[0]} pictures of `pixel_values`, "
-                f"and they must add up to the {patches_given} patches of `patch_pixel_values`, got {patch_counts}."
-            )
-
-        vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
-        image_features = self.project(vision_outputs.last_hidden_state)
-        if patches_given == 0:
-            pooler_output = image_features.unbind(0)
-        else:
-            patch_outputs = self.vision_model(patch_pixel_values, return_dict=True)
-            patch_features = self.project(patch_outputs.last_hidden_state).split(patch_counts)
-            pooler_output = tuple(
-                torch.cat([patches.flatten(0, 1), image])
-                for patches, image in zip(patch_features, image_features, strict=True)
-            )
+        features, vision_outputs = self.encode_pictures(pixel_values, patch_pixel_values, num_patches, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_outputs.last_hidden_state,
-            pooler_output=pooler_output,
+            pooler_output=features.split(self.picture_rows(pixel_values, patch_pixel_values, num_patches)),
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
         )
+
+    def picture_rows(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None,
+        num_patches: torch.LongTensor | list[int] | None,
+    ) -> list[int]:
+        """How many image tokens each picture takes."""
+        image_rows = self.num_image_tokens(pixel_values.shape[-1])
+        if patch_pixel_values is None:
+            return [image_rows] * pixel_values.shape[0]
+        patch_rows = self.num_image_tokens(patch_pixel_values.shape[-1])
+        return [count * patch_rows + image_rows for count in torch.as_tensor(num_patches).tolist()]
 
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -885,12 +916,10 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_hidden_states = None
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True)
-        if encoded is not None:
-            image_hidden_states = tuple(encoded.pooler_output)
-            image_embeds = torch.cat([features.to(inputs_embeds.device) for features in image_hidden_states])
+            image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
+        elif encoded is not None:
+            image_embeds = torch.cat(list(encoded.pooler_output))
         if image_embeds is not None:
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
@@ -905,7 +934,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_hidden_states)
+        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1129,18 +1158,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _picture_rows(self, model_inputs: dict) -> list[int]:
-        """How many image tokens each picture among `model_inputs` takes."""
-        if model_inputs.get("pixel_values") is None:
-            encoded = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
-            return [] if encoded is None else [features.shape[0] for features in encoded.pooler_output]
-        pixel_values, patches = model_inputs["pixel_values"], model_inputs.get("patch_pixel_values")
-        image_rows = self.model.num_image_tokens(pixel_values.shape[-1])
-        patch_rows = 0 if patches is None else self.model.num_image_tokens(patches.shape[-1])
-        counts = model_inputs.get("num_patches")
-        counts = [0] * pixel_values.shape[0] if counts is None else torch.as_tensor(counts).tolist()
-        return [count * patch_rows + image_rows for count in counts]
-
     def _drop_cached_pictures(self, model_inputs: dict, image_token_mask: torch.BoolTensor, num_new: int) -> None:
         """Takes out of `model_inputs` the pictures whose tokens a cache holds: those before a row's last `num_new`."""
         cached_rows = image_token_mask[:, :-num_new].sum(-1).tolist()
@@ -1152,28 +1169,33 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             model_inputs["image_embeds"] = torch.cat(new) if any(map(len, new)) else None
             return
 
-        picture_rows = self._picture_rows(model_inputs)
-        keep, picture = [], 0
+        pictures = [model_inputs.get(name) for name in ("pixel_values", "patch_pixel_values", "num_patches")]
+        encoded = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
+        if pictures[0] is not None:
+            picture_rows = self.model.picture_rows(*pictures)
+        else:
+            picture_rows = [] if encoded is None else [len(features) for features in encoded.pooler_output]
+        kept, index = [], 0
         for row_total, row_cached in zip(all_rows, cached_rows, strict=True):
             seen = 0
-            while seen < row_total and picture < len(picture_rows):
-                keep.append(seen >= row_cached)
-                seen += picture_rows[picture]
-                picture += 1
-        kept = [index for index, keep_it in enumerate(keep) if keep_it]
-        if (encoded := (model_inputs.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            while seen < row_total and index < len(picture_rows):
+                if seen >= row_cached:
+                    kept.append(index)
+                seen += picture_rows[index]
+                index += 1
+
+        if encoded is not None:
             features = tuple(encoded.pooler_output[index] for index in kept)
-            model_inputs["mm_encoder_outputs"] = (
-                {"image": BaseModelOutputWithPooling(pooler_output=features)} if kept else None
-            )
-        elif model_inputs.get("pixel_values") is not None:
-            if (patches := model_inputs.get("patch_pixel_values")) is not None:
-                counts = torch.as_tensor(model_inputs["num_patches"])
-                chunks = patches.split(counts.tolist())
-                patches = torch.cat([chunks[index] for index in kept]) if kept else None
-                model_inputs["patch_pixel_values"] = patches
-                model_inputs["num_patches"] = counts[kept] if kept else None
-            model_inputs["pixel_values"] = model_inputs["pixel_values"][kept] if kept else None
+            encoded = BaseModelOutputWithPooling(pooler_output=features)
+            model_inputs["mm_encoder_outputs"] = {"image": encoded} if kept else None
+        elif pictures[0] is not None:
+            pixel_values, patches, num_patches = pictures
+            if patches is not None:
+                num_patches = torch.as_tensor(num_patches)
+                patches = patches.split(num_patches.tolist())
+                model_inputs["patch_pixel_values"] = torch.cat([patches[index] for index in kept]) if kept else None
+            model_inputs["num_patches"] = num_patches[kept] if kept and num_patches is not None else None
+            model_inputs["pixel_values"] = pixel_values[kept] if kept else None
 
     def prepare_inputs_for_generation(
         self,
@@ -1184,6 +1206,12 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         **kwargs,
     ) -> dict:
         """Pictures go in with their image tokens, once: later steps and a continued cache leave them out."""
+        # An assistant's generation does not call its first iteration so; it is where there is nothing in the cache.
+        cache = kwargs.get("past_key_values")
+        if not is_first_iteration and cache is not None and (next_sequence_length or input_ids.shape[1]) > 1:
+            starts_cache = int(cache.get_seq_length()) == 0
+        else:
+            starts_cache = is_first_iteration
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -1191,7 +1219,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
+        if not starts_cache and kwargs.get("use_cache", True):
             for name in ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs"):
                 model_inputs.pop(name, None)
         elif next_sequence_length:
@@ -1215,7 +1243,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         }
         image_embeds = model_kwargs.pop("image_embeds", None)
         if pictures["pixel_values"] is not None:
-            image_embeds = torch.cat(self.get_image_features(**pictures, return_dict=True).pooler_output)
+            image_embeds, _ = self.model.encode_pictures(**pictures)
         if image_embeds is not None:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             image_token_mask = self.model.get_image_token_mask(
