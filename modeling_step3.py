@@ -822,25 +822,17 @@ class Step3VLModel(Step3VLPreTrainedModel):
             `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
         """
         features, vision_outputs = self.encode_pictures(pixel_values, patch_pixel_values, num_patches, **kwargs)
+        rows = [self.num_image_tokens(pixel_values.shape[-1])] * pixel_values.shape[0]
+        if patch_pixel_values is not None:
+            patch_rows = self.num_image_tokens(patch_pixel_values.shape[-1])
+            counts = torch.as_tensor(num_patches).tolist()
+            rows = [count * patch_rows + image_rows for count, image_rows in zip(counts, rows, strict=True)]
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_outputs.last_hidden_state,
-            pooler_output=features.split(self.picture_rows(pixel_values, patch_pixel_values, num_patches)),
+            pooler_output=features.split(rows),
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
         )
-
-    def picture_rows(
-        self,
-        pixel_values: torch.Tensor,
-        patch_pixel_values: torch.Tensor | None,
-        num_patches: torch.LongTensor | list[int] | None,
-    ) -> list[int]:
-        """How many image tokens each picture takes."""
-        image_rows = self.num_image_tokens(pixel_values.shape[-1])
-        if patch_pixel_values is None:
-            return [image_rows] * pixel_values.shape[0]
-        patch_rows = self.num_image_tokens(patch_pixel_values.shape[-1])
-        return [count * patch_rows + image_rows for count in torch.as_tensor(num_patches).tolist()]
 
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -850,6 +842,17 @@ class Step3VLModel(Step3VLPreTrainedModel):
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
+        """Raises a `ValueError` if there are not as many image tokens as rows of `image_features`."""
+        num_image_tokens = image_token_mask.sum()
+        torch_compilable_check(
+            num_image_tokens == image_features.shape[0],
+            lambda: (
+                f"The text has {int(num_image_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), "
+                f"but the pictures give {image_features.shape[0]} image features."
+            ),
+        )
 
     def get_placeholder_mask(
         self,
@@ -864,14 +867,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             `ValueError`: if there are not as many image tokens as rows.
         """
         image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
-        num_image_tokens = image_token_mask.sum()
-        torch_compilable_check(
-            num_image_tokens == image_features.shape[0],
-            lambda: (
-                f"The text has {int(num_image_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), "
-                f"but the pictures give {image_features.shape[0]} image features."
-            ),
-        )
+        self.check_image_tokens(image_token_mask, image_features)
         return image_token_mask.unsqueeze(-1).to(inputs_embeds.device).expand_as(inputs_embeds)
 
     @can_return_tuple
@@ -1083,6 +1079,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
     """
 
     config_class = Step3VLConfig
+    _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Step3VLConfig):
@@ -1158,45 +1155,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _drop_cached_pictures(self, model_inputs: dict, image_token_mask: torch.BoolTensor, num_new: int) -> None:
-        """Takes out of `model_inputs` the pictures whose tokens a cache holds: those before a row's last `num_new`."""
-        cached_rows = image_token_mask[:, :-num_new].sum(-1).tolist()
-        if not any(cached_rows):
-            return
-        all_rows = image_token_mask.sum(-1).tolist()
-        if (image_embeds := model_inputs.get("image_embeds")) is not None:
-            new = [rows[cached:] for rows, cached in zip(image_embeds.split(all_rows), cached_rows, strict=True)]
-            model_inputs["image_embeds"] = torch.cat(new) if any(map(len, new)) else None
-            return
-
-        pictures = [model_inputs.get(name) for name in ("pixel_values", "patch_pixel_values", "num_patches")]
-        encoded = (model_inputs.get("mm_encoder_outputs") or {}).get("image")
-        if pictures[0] is not None:
-            picture_rows = self.model.picture_rows(*pictures)
-        else:
-            picture_rows = [] if encoded is None else [len(features) for features in encoded.pooler_output]
-        kept, index = [], 0
-        for row_total, row_cached in zip(all_rows, cached_rows, strict=True):
-            seen = 0
-            while seen < row_total and index < len(picture_rows):
-                if seen >= row_cached:
-                    kept.append(index)
-                seen += picture_rows[index]
-                index += 1
-
-        if encoded is not None:
-            features = tuple(encoded.pooler_output[index] for index in kept)
-            encoded = BaseModelOutputWithPooling(pooler_output=features)
-            model_inputs["mm_encoder_outputs"] = {"image": encoded} if kept else None
-        elif pictures[0] is not None:
-            pixel_values, patches, num_patches = pictures
-            if patches is not None:
-                num_patches = torch.as_tensor(num_patches)
-                patches = patches.split(num_patches.tolist())
-                model_inputs["patch_pixel_values"] = torch.cat([patches[index] for index in kept]) if kept else None
-            model_inputs["num_patches"] = num_patches[kept] if kept and num_patches is not None else None
-            model_inputs["pixel_values"] = pixel_values[kept] if kept else None
-
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
@@ -1205,13 +1163,13 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
-        """Pictures go in with their image tokens, once: later steps and a continued cache leave them out."""
-        # An assistant's generation does not call its first iteration so; it is where there is nothing in the cache.
+        """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
+        those whose tokens it holds."""
         cache = kwargs.get("past_key_values")
-        if not is_first_iteration and cache is not None and (next_sequence_length or input_ids.shape[1]) > 1:
-            starts_cache = int(cache.get_seq_length()) == 0
-        else:
-            starts_cache = is_first_iteration
+        num_new = next_sequence_length or input_ids.shape[1]
+        if not is_first_iteration and cache is not None and num_new > 1:
+            # What an assistant model begins with is not called its first iteration.
+            is_first_iteration = int(cache.get_seq_length()) == 0
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -1219,13 +1177,21 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not starts_cache and kwargs.get("use_cache", True):
-            for name in ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs"):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in self._picture_inputs:
                 model_inputs.pop(name, None)
-        elif next_sequence_length:
-            ids = input_ids if inputs_embeds is None else None
-            image_token_mask = self.model.get_image_token_mask(ids, inputs_embeds)
-            self._drop_cached_pictures(model_inputs, image_token_mask, next_sequence_length)
+        elif next_sequence_length and any(model_inputs.get(name) is not None for name in self._picture_inputs):
+            image_token_mask = self.model.get_image_token_mask(
+                input_ids if inputs_embeds is None else None, inputs_embeds
+            )
+            cached = image_token_mask[:, :-num_new].sum(-1).tolist()
+            if any(cached):
+                image_features = self._pop_image_features(model_inputs)
+                if image_features.shape[0] != image_token_mask[:, -num_new:].sum():  # not those of the new tokens alone
+                    rows = self._split_by_row(image_features, image_token_mask)
+                    image_features = torch.cat([row[skip:] for row, skip in zip(rows, cached, strict=True)])
+                if image_features.shape[0]:
+                    model_inputs["image_embeds"] = image_features
         return model_inputs
 
     def _expand_inputs_for_generation(
@@ -1236,27 +1202,36 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         **model_kwargs,
     ) -> tuple[torch.LongTensor, dict]:
         """Repeats each row `expand_size` times, with the features of its own pictures, which are encoded once."""
-        if expand_size == 1:
-            return input_ids, model_kwargs
-        pictures = {
-            name: model_kwargs.pop(name, None) for name in ("pixel_values", "patch_pixel_values", "num_patches")
-        }
-        image_embeds = model_kwargs.pop("image_embeds", None)
-        if pictures["pixel_values"] is not None:
-            image_embeds, _ = self.model.encode_pictures(**pictures)
-        if image_embeds is not None:
+        image_features = self._pop_image_features(model_kwargs) if expand_size > 1 else None
+        if image_features is not None:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             image_token_mask = self.model.get_image_token_mask(
                 input_ids if inputs_embeds is None else None, inputs_embeds
             )
-            rows = image_embeds.split(image_token_mask.sum(-1).tolist())
-            image_embeds = torch.cat([row for row in rows for _ in range(expand_size)])
+            rows = self._split_by_row(image_features, image_token_mask)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if image_embeds is not None:
-            model_kwargs["image_embeds"] = image_embeds
+        if image_features is not None:
+            model_kwargs["image_embeds"] = torch.cat([row for row in rows for _ in range(expand_size)])
         return input_ids, model_kwargs
+
+    def _pop_image_features(self, model_inputs: dict) -> torch.Tensor | None:
+        """Takes the pictures, in whichever form they are, out of `model_inputs`: their features (rows, hidden_size)."""
+        pixel_values, patches, num_patches, image_embeds, encoded = (
+            model_inputs.pop(name, None) for name in self._picture_inputs
+        )
+        if pixel_values is not None:
+            image_embeds, _ = self.model.encode_pictures(pixel_values, patches, num_patches)
+        elif encoded:
+            image_embeds = torch.cat(list(encoded["image"].pooler_output))
+        return image_embeds
+
+    def _split_by_row(
+        self, image_features: torch.Tensor, image_token_mask: torch.BoolTensor
+    ) -> tuple[torch.Tensor, ...]:
+        self.model.check_image_tokens(image_token_mask, image_features)
+        return image_features.split(image_token_mask.sum(-1).tolist())
 
 
 Step3VisionModel.register_for_auto_class("AutoModel")
