@@ -1,5 +1,7 @@
 import json
+import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
 from reference import step3_logits
 from safetensors.torch import load_file
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
@@ -202,6 +205,22 @@ def test_the_key_value_head_is_never_copied_per_query_head(attention, padded):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_nor_in_the_compiled_decode_step(attention):
+    config = small_config(text={"num_attention_heads": 16, "head_dim": 32})
+    model = small_model(config, attn_implementation=attention).model.language_model
+    past = StaticCache(config=model.config, max_cache_len=300)
+    step = {"inputs_embeds": torch.randn(2, 1, 48), "past_key_values": past}
+    mask = torch.zeros(2, 1, 1, 300)
+    with torch.no_grad():
+        model(inputs_embeds=torch.randn(2, 9, 48), past_key_values=past)
+        _, codes = run_and_get_code(torch.compile(model, fullgraph=True), **step, attention_mask=mask)
+    buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", "".join(codes))
+    assert buffers
+    sizes = [math.prod(map(int, filter(None, buffer.replace(" ", "").split(",")))) for buffer in buffers]
+    assert max(sizes) <= 2 * 300 * 32, buffers  # one head of the cache, at most
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
     model = small_model(attn_implementation=attention)
     batch = small_batch(model)
@@ -263,6 +282,17 @@ def test_recorded_outputs_and_load_balancing(batch):
     chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(2).indices, 1.0)
     expected = 6 * (chosen.mean(0) * probabilities.mean(0)).sum()
     torch.testing.assert_close(output.aux_loss, expected)
+
+
+def test_recorded_outputs_of_the_vision_encoder(model, batch):
+    model.set_attn_implementation({"vision_config": "eager"})
+    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    output = model.get_image_features(**pictures, output_hidden_states=True, output_attentions=True)
+    assert [tuple(features.shape) for features in output.pooler_output] == [(6, 48), (4, 48), (5, 48)]
+    assert output.last_hidden_state.shape == (3, 64, 32)  # a row for each patch; four class rows stand before them
+    assert [tuple(states.shape) for states in output.hidden_states] == [(3, 68, 32)] * 3
+    assert [tuple(attentions.shape) for attentions in output.attentions] == [(3, 4, 68, 68)] * 2
+    torch.testing.assert_close(output.hidden_states[-1][:, 4:], output.last_hidden_state)
 
 
 def test_gradient_checkpointing_changes_nothing(model, batch):

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import transformers
-from conftest import small_batch, small_config, small_model
+from conftest import row_alone, small_batch, small_config, small_model
 from packaging.version import Version
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from step3_vl import Step3VLForConditionalGeneration
+from step3_vl import Step3TextForCausalLM, Step3VLForConditionalGeneration
 
 
 EXPERT_PARALLEL = (
@@ -67,10 +67,31 @@ def compare(rank, port, directory, options):
     dist.destroy_process_group()
 
 
+def compare_pipeline(rank, port, directory):
+    sys.stderr = open(os.devnull, "w")
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    alone = Step3TextForCausalLM.from_pretrained(directory).eval()
+    stages = Step3TextForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(pp_size=2)).eval()
+    inputs = row_alone(small_batch(small_model()), 0)
+    with torch.no_grad():
+        torch.testing.assert_close(stages(**inputs).logits, alone(**inputs).logits)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.mark.parametrize("options", [{}, EXPERT_PARALLEL], ids=["tensor parallel", "expert parallel"])
 def test_two_ranks_give_what_one_gives(options, tmp_path):
     small_model(small_config(text={"num_attention_heads": 6})).save_pretrained(tmp_path)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    mp.spawn(compare, args=(port, tmp_path, options), nprocs=2)
+    mp.spawn(compare, args=(free_port(), tmp_path, options), nprocs=2)
+
+
+def test_two_pipeline_stages_give_what_one_model_gives(tmp_path):
+    small_model(small_config()).save_pretrained(tmp_path)
+    mp.spawn(compare_pipeline, args=(free_port(), tmp_path), nprocs=2)
