@@ -1159,20 +1159,24 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs,
     ) -> dict:
         """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
         those whose tokens it holds."""
-        cache = kwargs.get("past_key_values")
+        has_pictures = any(kwargs.get(name) is not None for name in self._picture_inputs)
         num_new = next_sequence_length or input_ids.shape[1]
-        if not is_first_iteration and cache is not None and num_new > 1:
+        if has_pictures and past_key_values is not None and inputs_embeds is None and num_new > 1:
             # What an assistant model begins with is not called its first iteration.
-            is_first_iteration = int(cache.get_seq_length()) == 0
+            is_first_iteration = is_first_iteration or int(past_key_values.get_seq_length()) == 0
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
@@ -1180,14 +1184,13 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in self._picture_inputs:
                 model_inputs.pop(name, None)
-        elif next_sequence_length and any(model_inputs.get(name) is not None for name in self._picture_inputs):
-            image_token_mask = self.model.get_image_token_mask(
-                input_ids if inputs_embeds is None else None, inputs_embeds
-            )
+        elif has_pictures and next_sequence_length:
+            ids = input_ids if inputs_embeds is None else None
+            image_token_mask = self.model.get_image_token_mask(ids, inputs_embeds)
             cached = image_token_mask[:, :-num_new].sum(-1).tolist()
             if any(cached):
                 image_features = self._pop_image_features(model_inputs)
-                if image_features.shape[0] != image_token_mask[:, -num_new:].sum():  # not those of the new tokens alone
+                if image_features.shape[0] != image_token_mask[:, -num_new:].sum():  # not the new tokens' alone
                     rows = self._split_by_row(image_features, image_token_mask)
                     image_features = torch.cat([row[skip:] for row, skip in zip(rows, cached, strict=True)])
                 if image_features.shape[0]:
