@@ -36,6 +36,7 @@ from transformers.image_utils import (
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 
 # A picture with a side below this and a more extreme aspect ratio is padded to a square.
@@ -418,6 +419,23 @@ class Step3VLProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         # All that a picture takes in the text, which is what `mm_token_type_ids` marks and serving engines count.
         self.image_token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """As for any processor; but the released checkpoints describe no image processor, and mean the default one."""
+        if "image_processor" not in (processor_dict or {}):
+            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            path = cached_file(
+                pretrained_model_name_or_path,
+                IMAGE_PROCESSOR_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                **options,
+            )
+            if path is None:
+                tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+                return [Step3VLImageProcessor(), tokenizer]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @property
     def unused_input_names(self) -> list[str]:

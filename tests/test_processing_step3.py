@@ -182,6 +182,17 @@ def test_another_size_is_saved(processor, tmp_path):
     assert again(text="<im_patch>", images=noise(100, 100))["pixel_values"].shape == (1, 3, 336, 336)
 
 
+@pytest.mark.parametrize("processor_config", [None, {"processor_class": "Step3VLProcessor"}])
+def test_a_released_directory_describes_no_image_processor(processor, tmp_path, processor_config):
+    processor.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "step3_vl"}')
+    if processor_config is not None:
+        (tmp_path / "processor_config.json").write_text(json.dumps(processor_config))
+    released = AutoProcessor.from_pretrained(tmp_path)
+    assert released.image_processor.to_dict() == Step3VLImageProcessor().to_dict()
+    assert released(text="<im_patch>", images=noise(10, 10))["input_ids"][0].count(released.image_token_id) == 169
+
+
 def test_chat_template(processor, tmp_path):
     picture = noise(224, 224)
     messages = [
