@@ -17,7 +17,8 @@ Read from top to bottom, in the order data flows: the names on disk, the vision 
 together, the language-model heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
@@ -328,6 +329,33 @@ class Step3VLPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, Step3VisionEmbeddings):
             init.normal_(module.class_embedding, mean=0.0, std=std)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
+        transforms = get_model_conversion_mapping(self, add_legacy=False)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = {
+            pattern: transform
+            for transform in transforms
+            if isinstance(transform, WeightConverter)
+            for pattern in transform.source_patterns
+        }
+        own_names = self.state_dict().keys()
+        renamed, to_convert = {}, {}
+        for name, tensor in state_dict.items():
+            if name in own_names:
+                renamed[name] = tensor
+                continue
+            new_name, pattern = rename_source_key(name, renamings, list(converters.values()))
+            if pattern is None:
+                renamed[new_name] = tensor
+            else:
+                to_convert.setdefault(new_name, deepcopy(converters[pattern])).add_tensor(
+                    new_name, name, pattern, tensor
+                )
+        for name, converter in to_convert.items():
+            renamed.update(converter.convert(name, model=self, config=self.config))
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         text_config = self.config.get_text_config()

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from conftest import small_batch, small_model
+from transformers import Trainer, TrainingArguments
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, shard_size, monkeypatch):
+    """`Trainer` saves under the names on disk and hands them to `load_state_dict`."""
+    batch = small_batch(small_model())
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+
+    def trainer(model):
+        save = model.save_pretrained
+        monkeypatch.setattr(model, "save_pretrained", lambda *a, **k: save(*a, **{**k, "max_shard_size": shard_size}))
+        arguments = TrainingArguments(
+            tmp_path, max_steps=4, save_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        collate = lambda samples: {**batch, "labels": labels}  # noqa: E731
+        return Trainer(model, arguments, train_dataset=list(range(64)), data_collator=collate)
+
+    undisturbed = small_model()
+    trainer(undisturbed).train()
+    resumed = small_model(seed=1)
+    trainer(resumed).train(resume_from_checkpoint=tmp_path / "checkpoint-2")
+    for (name, expected), parameter in zip(undisturbed.named_parameters(), resumed.parameters()):
+        torch.testing.assert_close(parameter, expected, msg=lambda m, n=name: f"{n}: {m}")
