@@ -10,11 +10,12 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
@@ -55,14 +56,17 @@ TINY = {
 MAX_PATCHES_A_SIDE = 6
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes with the special tokens of the released one."""
-    tokenizer = Tokenizer(
-        models.BPE(vocab={b: i for i, b in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
+def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 0) -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes, and of up to `vocab_size` frequent pieces of `texts`, with the special tokens of the
+    released one."""
+    special_tokens = [BOS, EOS, PAD, *TURN_TOKENS, *PICTURE_TOKENS]
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = [BOS, EOS, PAD, *TURN_TOKENS, *PICTURE_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
