@@ -49,6 +49,15 @@ STEP3_VL_AUTO_MAP = {
 }
 
 
+def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
+    """
+    Image tokens of a square picture of `side` pixels: the encoder's grid of patches, downsampled by a 2×2 convolution
+    of this `stride` and a 3×3 convolution of stride 2 and padding 1. 169 at 728 pixels, 81 at 504.
+    """
+    grid = (side // patch_size - 2) // stride + 1
+    return ((grid - 1) // 2 + 1) ** 2
+
+
 def _check_at_least(config: PreTrainedConfig, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)

@@ -51,7 +51,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
+from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, num_image_tokens
 
 
 if is_torch_distributed_available():
@@ -775,9 +775,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     def num_image_tokens(self, side: int) -> int:
         """Number of image tokens of a square picture of `side` pixels."""
-        grid = side // self.config.vision_config.patch_size
-        grid = (grid - 2) // self.config.understand_projector_stride + 1
-        return ((grid - 1) // 2 + 1) ** 2
+        return num_image_tokens(side, self.config.vision_config.patch_size, self.config.understand_projector_stride)
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""

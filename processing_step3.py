@@ -38,6 +38,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
+from .configuration_step3 import num_image_tokens
+
 
 # A picture with a side below this and a more extreme aspect ratio is padded to a square.
 MIN_SIDE, MAX_PADDED_RATIO = 32, 4
@@ -236,10 +238,8 @@ class Step3VLImageProcessor(PilBackend):
         self.num_patch_tokens = self.num_tokens(self.patch_size)
 
     def num_tokens(self, side: int) -> int:
-        """Image tokens of a square of `side` pixels: a patch each, downsampled by convolutions of 2×2 and 3×3."""
-        grid = side // self.vision_patch_size
-        grid = (grid - 2) // self.projector_stride + 1
-        return ((grid - 1) // 2 + 1) ** 2
+        """Number of image tokens of a square of `side` pixels."""
+        return num_image_tokens(side, self.vision_patch_size, self.projector_stride)
 
     def _validate_preprocess_kwargs(self, size=None, do_resize=None, resample=None, **kwargs):
         super()._validate_preprocess_kwargs(size=size, do_resize=do_resize, resample=resample, **kwargs)
