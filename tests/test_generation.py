@@ -1,7 +1,8 @@
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
-from transformers import DynamicCache
+from PIL import Image
+from transformers import DynamicCache, pipeline
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
@@ -117,3 +118,15 @@ def test_pictures_and_placeholders_must_match(model, batch):
     batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, 5)
     with pytest.raises(ValueError, match="0 image tokens.*15 image features"):
         model.generate(**batch, **GREEDY)
+
+
+def test_the_pipeline_answers_as_generate_does(random_model_dir, processor):
+    answer = pipeline("image-text-to-text", model=str(random_model_dir), device_map="auto")
+    content = [{"type": "image", "image": Image.new("RGB", (300, 100), "teal")}, {"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}]
+    text = answer(messages, generate_kwargs=GREEDY, return_full_text=False)[0]["generated_text"]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = answer.model.generate(**inputs, **GREEDY)
+    assert text == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
