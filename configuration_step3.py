@@ -199,9 +199,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     attribute_map = {
         "max_position_embeddings": "max_position_embedding",
         "num_key_value_heads": "num_attention_groups",
-        "num_experts": "moe_num_experts",
-        "num_local_experts": "moe_num_experts",
         "n_routed_experts": "moe_num_experts",
+        "num_local_experts": "moe_num_experts",
+        "num_experts": "moe_num_experts",
         "num_experts_per_tok": "moe_top_k",
         "norm_topk_prob": "norm_expert_weight",
         "shared_expert_intermediate_size": "share_expert_dim",

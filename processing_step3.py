@@ -302,7 +302,9 @@ class Step3VLImageProcessor(PilBackend):
             if image.mode.startswith(("I", "F")):
                 image = Image.fromarray(to_8_bit(np.asarray(image)))
         else:
-            pixels = image.detach().cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
+            if isinstance(image, torch.Tensor):  # NumPy has no bfloat16
+                image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
+            pixels = np.asarray(image)
             if pixels.ndim == 3:
                 layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
                 if layout == ChannelDimension.FIRST:

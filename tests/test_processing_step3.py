@@ -104,6 +104,7 @@ def test_every_way_to_give_a_picture(tmp_path):
         "channels first": pixels.transpose(2, 0, 1),
         "floats": pixels / 255,
         "tensor": torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        "whole bfloat16": torch.from_numpy(pixels.astype(np.float32)).bfloat16(),
         "path": str(path),
         "Path": path,
         "url": f"http://127.0.0.1:{server.server_port}/picture.png",
