@@ -369,6 +369,23 @@ def test_attention_takes_the_heads_it_gets():
         torch.testing.assert_close(total, whole)
 
 
+def test_several_key_value_heads_are_each_shared_by_their_own_query_heads():
+    """More key/value heads than Step3's one: equal to as many query heads as key/value heads, repeated."""
+    model = small_model(small_config(text={"num_attention_groups": 2}))
+    repeated = small_model(small_config(text={"num_attention_groups": 6}))
+    state_dict = model.state_dict()
+    for name in state_dict:
+        if name.endswith((".k_proj.weight", ".v_proj.weight")):
+            state_dict[name] = state_dict[name].view(2, 1, 16, 48).expand(-1, 3, -1, -1).reshape(96, 48)
+    repeated.load_state_dict(state_dict)
+    batch = small_batch(model)
+    for attention in ("eager", "sdpa"):
+        for each in (model, repeated):
+            each.set_attn_implementation({"text_config": attention})
+        assert torch.equal(*(each.generate(**batch, max_new_tokens=5, do_sample=False) for each in (model, repeated)))
+        torch.testing.assert_close(model(**batch).logits, repeated(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_grouped_mm_with_narrow_experts_is_refused_or_replaced(batch):
     config = small_config(text={"moe_intermediate_size": 12})
     model = small_model(config, dtype=torch.bfloat16)
