@@ -1005,11 +1005,11 @@ class Step3LanguageModelHead:
 
         aux_loss = None
         if output_router_logits and outputs.router_logits:
+            token_mask = None
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
             aux_loss = load_balancing_loss_func(
-                outputs.router_logits,
-                text_config.moe_num_experts,
-                text_config.moe_top_k,
-                attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None,
+                outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
             )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)

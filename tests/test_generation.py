@@ -43,6 +43,12 @@ def test_greedy(model, batch, encoder_calls, options):
         assert encoder_calls == [(3, 3, 112, 112), (3, 3, 56, 56)]
 
 
+def test_router_logits_do_not_disturb(model, batch):
+    expected = model.generate(**batch, **GREEDY)
+    model.config.text_config.output_router_logits = True
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+
 @pytest.mark.parametrize(
     "options",
     [

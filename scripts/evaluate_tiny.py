@@ -1,0 +1,134 @@
+"""Asks a model about freshly drawn scenes, and prints how many answers are exactly right.
+
+python scripts/evaluate_tiny.py DIRECTORY --seed 1234
+python scripts/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
+"""
+
+import argparse
+import textwrap
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from draw_scene import LAYOUTS, Scene, draw_scene
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
+
+
+@dataclass(frozen=True)
+class Answer:
+    scene: Scene
+    kind: str
+    question: str
+    truth: str
+    answer: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.answer == self.truth
+
+
+@torch.no_grad()
+def answer_scenes(
+    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True
+) -> list[Answer]:
+    """
+    The model's greedy answer to every question about `scenes`, each asked by itself, `batch_size` at a time. Without
+    patches, the model sees every picture's global view alone.
+    """
+    asked = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
+    answers = []
+    with tqdm(total=len(asked), desc="Asking", unit=" questions") as progress:
+        for start in range(0, len(asked), batch_size):
+            batch = asked[start : start + batch_size]
+            conversations = [
+                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+                for image, question in (
+                    # A picture that is square already is not cut.
+                    (
+                        scene.image if with_patches else scene.image.resize((224, 224), Image.Resampling.BILINEAR),
+                        question,
+                    )
+                    for scene, _, question, _ in batch
+                )
+            ]
+            inputs = processor.apply_chat_template(
+                conversations,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            ).to(model.device)
+            output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers += [Answer(*asked, text) for asked, text in zip(batch, texts, strict=True)]
+            progress.update(len(batch))
+    return answers
+
+
+def accuracies(answers: list[Answer]) -> dict[str, dict[str, float]]:
+    """Share of right answers by kind of question and by layout, `"all"` of each included."""
+    counts = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        for kind in (answer.kind, "all"):
+            for layout in (answer.scene.layout, "all"):
+                counts[kind][layout].append(answer.is_right)
+    return {
+        kind: {layout: sum(right) / len(right) for layout, right in layouts.items()} for kind, layouts in counts.items()
+    }
+
+
+def table(shares: dict[str, dict[str, float]]) -> str:
+    """Those shares in per cent, a row for each kind of question."""
+    columns = [*LAYOUTS, "all"]
+    lines = [f"{'exact match, %':16}" + "".join(f"{column:>9}" for column in columns)]
+    for kind in [*(kind for kind in shares if kind != "all"), "all"]:
+        cells = (f"{100 * shares[kind][c]:9.1f}" if c in shares[kind] else f"{'':9}" for c in columns)
+        lines.append(f"{kind:16}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
+    """Pictures with a question, the answer and the truth, wrong answers first."""
+    chosen = sorted(answers, key=lambda answer: answer.is_right)[:limit]
+    width, height, columns = 420, 400, 4
+    sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, answer in enumerate(chosen):
+        x, y = i % columns * width, i // columns * height
+        sheet.paste(answer.scene.image, (x + 5, y + 5))
+        lines = [answer.question, f"answer: {answer.answer}", f"truth:  {answer.truth}"]
+        wrapped = [part for line in lines for part in textwrap.wrap(line, 66)]
+        pen.multiline_text((x + 5, y + 345), "\n".join(wrapped), fill="black" if answer.is_right else "crimson")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of the scenes (default: 0)")
+    parser.add_argument(
+        "--scenes", type=int, default=300, help="how many to draw, a third of each layout (default: 300)"
+    )
+    parser.add_argument("--without-patches", action="store_true", help="show the model the global views alone")
+    parser.add_argument("--show", type=Path, metavar="FILE.png", help="save pictures with questions and answers")
+    arguments = parser.parse_args()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model).eval()
+    layouts = list(LAYOUTS)
+    # Far from the seeds that training draws from.
+    first = 2 * 10**9 + arguments.seed * 10**6
+    scenes = [draw_scene(first + i, layouts[i % len(layouts)]) for i in range(arguments.scenes)]
+    answers = answer_scenes(model, processor, scenes, with_patches=not arguments.without_patches)
+    print(table(accuracies(answers)))
+    if arguments.show:
+        contact_sheet(answers).save(arguments.show)
+
+
+if __name__ == "__main__":
+    main()
