@@ -24,6 +24,7 @@ VISION = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "image_size": 224,
+    "initializer_range": 0.05,
 }
 TEXT = {
     "hidden_size": 128,
@@ -41,6 +42,7 @@ TEXT = {
     "max_seq_len": 2048,
     "router_aux_loss_coef": 0.01,
     "output_router_logits": True,
+    "initializer_range": 0.05,
 }
 # Scenes of the two sets never share a seed.
 EVALUATION_SEEDS = 10**9
@@ -119,7 +121,7 @@ class Collator:
 def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
     model, processor = make_model(seed)
     steps = steps or (150 if quick else 6000)
-    batch_size = 32
+    batch_size = 16
     arguments = TrainingArguments(
         directory,
         max_steps=steps,
