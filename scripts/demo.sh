@@ -6,11 +6,7 @@ source "$(dirname "$0")/setup.sh"
 python -m pip install --quiet --constraint scripts/constraints.txt .
 if [ -z "${picture:-}" ]; then
   picture="$(mktemp -d)/picture.png"
-  python -c 'import sys
-from PIL import Image, ImageDraw
-image = Image.new("RGB", (640, 400), "white")
-ImageDraw.Draw(image).ellipse((60, 80, 300, 320), fill="crimson")
-image.save(sys.argv[1])' "$picture"
+  python scripts/draw_scene.py "$picture" --seed 1 >/dev/null
   echo "Picture: $picture"
 fi
 python scripts/describe.py "$picture" "$@"
