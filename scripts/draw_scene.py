@@ -6,6 +6,7 @@ python scripts/draw_scene.py scene.png --seed 7 --layout wide
 import argparse
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,29 +16,30 @@ from PIL import Image, ImageDraw
 
 KINDS = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
-    "red": (214, 39, 40),
+    "red": (214, 40, 40),
     "green": (44, 160, 44),
-    "blue": (31, 80, 200),
-    "yellow": (240, 220, 30),
+    "blue": (40, 80, 200),
+    "yellow": (215, 195, 40),
     "purple": (148, 60, 190),
-    "black": (20, 20, 20),
+    "black": (40, 40, 40),
 }
-# Half a shape's width, as a share of the cell that it stands in.
-SIZES = {"small": 0.2, "large": 0.4}
-SQUARE_PLACES = tuple(
-    (f"{row} {column}".replace("middle middle", "middle"))
-    for row in ("top", "middle", "bottom")
-    for column in ("left", "middle", "right")
-)
-# For each layout: width and height in pixels, columns and rows of cells, and what the places are called.
+# Half a shape's width in pixels.
+SIZES = {"small": 20, "large": 33}
+# For each layout: the side of a cell in pixels, and what the cells are called, row by row.
 LAYOUTS = {
-    "square": ((224, 224), (3, 3), SQUARE_PLACES),
-    "wide": ((336, 112), (3, 1), ("left", "middle", "right")),
-    "tall": ((112, 336), (1, 3), ("top", "middle", "bottom")),
+    "square": (
+        80,
+        (("top left", "top", "top right"), ("left", "centre", "right"), ("bottom left", "bottom", "bottom right")),
+    ),
+    "wide": (160, (("left", "centre", "right"),)),
+    "tall": (160, (("top",), ("centre",), ("bottom",))),
 }
 NUMBERS = ("no", "one", "two", "three")
-# A shape's mark is this many pixels wide: seen in a patch, lost in the global view of an elongated picture.
-MARK_WIDTH = 6
+# A shape's centre is up to so many pixels off its cell's.
+JITTER = 8
+# Stripes are lighter and darker lines of one pixel by so much, across the longer side of an elongated picture: plain to
+# see in a patch, and exactly evened out in the global view, which halves that side.
+STRIPES = 40
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Shape:
     colour: str
     size: str
     place: str
-    mark: str | None = None
+    is_striped: bool = False
 
     def __str__(self) -> str:
         return f"a {self.size} {self.colour} {self.kind}"
@@ -100,52 +102,63 @@ def draw_scene(seed: int, layout: str | None = None) -> Scene:
     """A scene of one to three shapes in different places, the same for the same `seed` and `layout`."""
     choose = random.Random(f"{seed} {layout}")
     layout = layout or choose.choices(list(LAYOUTS), weights=(2, 1, 1))[0]
-    (width, height), (columns, rows), places = LAYOUTS[layout]
+    cell, places = LAYOUTS[layout]
+    height, width = cell * len(places), cell * len(places[0])
 
     level = choose.randint(150, 255)
-    background = np.full((height, width, 3), level, dtype=np.float32)
-    background += np.array([choose.randint(-20, 20) for _ in range(3)], dtype=np.float32)
+    pixels = np.full((height, width, 3), [level + choose.randint(-20, 20) for _ in range(3)], dtype=np.float32)
     if choose.random() < 0.5:
-        background += np.random.default_rng(choose.getrandbits(32)).normal(0, choose.randint(4, 20), background.shape)
-    # Drawn at twice the size and halved, for smooth edges.
-    image = Image.fromarray(background.clip(0, 255).astype(np.uint8)).resize((2 * width, 2 * height))
-    pen = ImageDraw.Draw(image)
+        noise = np.random.default_rng(choose.getrandbits(32)).standard_normal((height, width, 1), dtype=np.float32)
+        pixels += choose.randint(4, 20) * noise
 
-    cells = sorted(choose.sample(range(len(places)), choose.randint(1, 3)))
-    cell = min(width / columns, height / rows)
+    cells = [(row, column) for row in range(len(places)) for column in range(len(places[0]))]
     shapes = []
-    for index in cells:
+    for row, column in sorted(choose.sample(cells, choose.randint(1, 3))):
         kind, colour, size = choose.choice(KINDS), choose.choice(list(COLOURS)), choose.choice(list(SIZES))
-        radius = cell * SIZES[size] * choose.uniform(0.9, 1.1)
-        room = 0.45 * cell - radius
-        x = (index % columns + 0.5) * width / columns + choose.uniform(-room, room)
-        y = (index // columns + 0.5) * height / rows + choose.uniform(-room, room)
-        pen.polygon(outline(kind, 2 * x, 2 * y, 2 * radius), fill=COLOURS[colour])
-        mark = None
-        if layout != "square":  # where there are patches to see it
-            mark = choose.choice([name for name in COLOURS if name != colour])
-            pen.rectangle(
-                (2 * x - MARK_WIDTH, 2 * y - MARK_WIDTH, 2 * x + MARK_WIDTH, 2 * y + MARK_WIDTH), fill=COLOURS[mark]
-            )
-        shapes.append(Shape(kind, colour, size, places[index], mark))
-    image = image.resize((width, height), Image.Resampling.BOX)
-    return Scene(layout, image, tuple(shapes), ask(choose, shapes))
+        shape = Shape(kind, colour, size, places[row][column], layout != "square" and choose.random() < 0.5)
+        radius = SIZES[size] * choose.uniform(0.93, 1.07)
+        room = min(cell / 2 - 4 - radius, JITTER)
+        centre = (cell / 2 + choose.uniform(-room, room), cell / 2 + choose.uniform(-room, room))
+        # Drawn at four times the size, for smooth edges.
+        mask = Image.new("L", (4 * cell, 4 * cell))
+        ImageDraw.Draw(mask).polygon(outline(kind, *(4 * x for x in centre), 4 * radius), fill=255)
+        opacity = np.asarray(mask.reduce(4), dtype=np.float32)[..., None] / 255
+        paint = np.broadcast_to(np.array(COLOURS[colour], dtype=np.float32), (cell, cell, 3)).copy()
+        if shape.is_striped:
+            lines = paint.swapaxes(0, 1) if layout == "wide" else paint
+            lines[::2] += STRIPES
+            lines[1::2] -= STRIPES
+        area = pixels[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+        area += opacity * (paint - area)
+        shapes.append(shape)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return Scene(layout, image, tuple(shapes), ask(choose, layout, shapes))
 
 
-def ask(choose: random.Random, shapes: list[Shape]) -> dict[str, tuple[str, str]]:
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str, tuple[str, str]]:
     """A question of each kind that has one answer, and the answer."""
-    described = ", ".join(f"{shape} at the {shape.place}" for shape in shapes)
     questions = {
-        "describe": ("Describe this picture.", described[0].upper() + described[1:] + "."),
-        "count": ("How many shapes are there?", NUMBERS[len(shapes)].capitalize() + "."),
+        "describe": ("Describe this picture.", sentence(", ".join(f"at the {s.place} {s}" for s in shapes))),
+        "count": ("How many shapes are there?", sentence(NUMBERS[len(shapes)])),
     }
     kinds = [shape.kind for shape in shapes]
     single = [shape for shape in shapes if kinds.count(shape.kind) == 1]
     if single:
         shape = choose.choice(single)
-        questions["colour"] = (f"What colour is the {shape.kind}?", shape.colour.capitalize() + ".")
-        if shape.mark:
-            questions["mark"] = (f"What colour is the mark on the {shape.kind}?", shape.mark.capitalize() + ".")
+        questions["colour"] = (f"What colour is the {shape.kind}?", sentence(shape.colour))
+        if layout != "square":
+            shape = choose.choice(single)
+            questions["stripes"] = (f"Is the {shape.kind} striped?", "Yes." if shape.is_striped else "No.")
+    by_place = {shape.place: shape for shape in shapes}
+    place = choose.choice([place for row in LAYOUTS[layout][1] for place in row])
+    if choose.random() < 0.5:
+        place = choose.choice(shapes).place
+    questions["place"] = (f"What is at the {place}?", sentence(str(by_place.get(place, "nothing"))))
+
     present = choose.random() < 0.5
     pairs = {(shape.colour, shape.kind) for shape in shapes}
     if present:

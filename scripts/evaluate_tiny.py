@@ -1,6 +1,6 @@
 """Asks a model about freshly drawn scenes, and prints how many answers are exactly right.
 
-python scripts/evaluate_tiny.py DIRECTORY --seed 1234
+python scripts/evaluate_tiny.py --seed 1234
 python scripts/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
 """
 
@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from describe import TINY
 from draw_scene import LAYOUTS, Scene, draw_scene
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -32,30 +32,31 @@ class Answer:
         return self.answer == self.truth
 
 
-@torch.no_grad()
+def fresh_scenes(seed: int, count: int) -> list[Scene]:
+    """Scenes that no training draws, of every layout by turns."""
+    layouts = list(LAYOUTS)
+    return [draw_scene(2 * 10**9 + seed * 10**6 + i, layouts[i % len(layouts)]) for i in range(count)]
+
+
 def answer_scenes(
-    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True
+    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, **options
 ) -> list[Answer]:
     """
     The model's greedy answer to every question about `scenes`, each asked by itself, `batch_size` at a time. Without
-    patches, the model sees every picture's global view alone.
+    patches, the model sees every picture's global view alone. `options` go to `generate`.
     """
     asked = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
+    side = processor.image_processor.size["height"]
     answers = []
     with tqdm(total=len(asked), desc="Asking", unit=" questions") as progress:
         for start in range(0, len(asked), batch_size):
             batch = asked[start : start + batch_size]
-            conversations = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-                for image, question in (
-                    # A picture that is square already is not cut.
-                    (
-                        scene.image if with_patches else scene.image.resize((224, 224), Image.Resampling.BILINEAR),
-                        question,
-                    )
-                    for scene, _, question, _ in batch
-                )
-            ]
+            conversations = []
+            for scene, _, question, _ in batch:
+                # What is square and no larger than the global view is not cut.
+                image = scene.image if with_patches else scene.image.resize((side, side), Image.Resampling.BILINEAR)
+                content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+                conversations.append([{"role": "user", "content": content}])
             inputs = processor.apply_chat_template(
                 conversations,
                 add_generation_prompt=True,
@@ -64,9 +65,9 @@ def answer_scenes(
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
             ).to(model.device)
-            output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+            output = model.generate(**inputs, do_sample=False, **options)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers += [Answer(*asked, text) for asked, text in zip(batch, texts, strict=True)]
+            answers += [Answer(*question, text) for question, text in zip(batch, texts, strict=True)]
             progress.update(len(batch))
     return answers
 
@@ -110,7 +111,9 @@ def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument(
+        "model", nargs="?", default=TINY, help="directory or hub id (default: the model that comes along)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="first seed of the scenes (default: 0)")
     parser.add_argument(
         "--scenes", type=int, default=300, help="how many to draw, a third of each layout (default: 300)"
@@ -120,10 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     processor = AutoProcessor.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model).eval()
-    layouts = list(LAYOUTS)
-    # Far from the seeds that training draws from.
-    first = 2 * 10**9 + arguments.seed * 10**6
-    scenes = [draw_scene(first + i, layouts[i % len(layouts)]) for i in range(arguments.scenes)]
+    scenes = fresh_scenes(arguments.seed, arguments.scenes)
     answers = answer_scenes(model, processor, scenes, with_patches=not arguments.without_patches)
     print(table(accuracies(answers)))
     if arguments.show:

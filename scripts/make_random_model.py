@@ -93,6 +93,19 @@ def override(settings: dict, assignment: str) -> None:
         settings[key] = text
 
 
+def save_whole(directory: Path, *parts) -> None:
+    """Saves a model and its processor in `directory`, which is there with all of them or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        for part in parts:
+            part.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def make_random_model(
     directory: Path, overrides: list[str] = (), patch_size: int | None = None, dtype: str = "float32", seed: int = 0
 ) -> None:
@@ -137,15 +150,7 @@ def make_random_model(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|EOT|>")],
         pad_token_id=tokenizer.pad_token_id,
     )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    save_whole(directory, model, processor)
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 python scripts/train_tiny.py DIRECTORY
 python scripts/train_tiny.py DIRECTORY --quick
+
+Beside its answers, the model is trained to name what each token of a picture shows: answers alone teach it to tell
+shapes apart many times more slowly.
 """
 
 import argparse
@@ -9,21 +12,24 @@ import random
 from pathlib import Path
 
 import torch
-from draw_scene import draw_scene
-from make_random_model import make_tokenizer
+from draw_scene import LAYOUTS, Scene, ask, draw_scene
+from make_random_model import make_tokenizer, save_whole
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
 
 
+# A picture of 240 px takes 9 tokens, one for each cell of a square scene, and a patch of 160 px takes 4.
 VISION = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "output_hidden_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "image_size": 224,
+    "image_size": 240,
+    "patch_size": 20,
     "initializer_range": 0.05,
 }
 TEXT = {
@@ -44,15 +50,19 @@ TEXT = {
     "output_router_logits": True,
     "initializer_range": 0.05,
 }
+MAX_QUESTIONS = 6
 # Scenes of the two sets never share a seed.
 EVALUATION_SEEDS = 10**9
 
 
 def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProcessor]:
     """The untrained model, and a processor whose tokenizer has a token for each word of the answers."""
-    image_processor = Step3VLImageProcessor(size={"height": 224, "width": 224}, patch_size=112, max_image_size=672)
-    texts = (text for i in range(2000) for pair in draw_scene(i).questions.values() for text in pair)
-    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=384))
+    image_processor = Step3VLImageProcessor(
+        size={"height": 240, "width": 240}, patch_size=160, max_image_size=960, vision_patch_size=20
+    )
+    texts = [text for i in range(1000) for pair in draw_scene(i).questions.values() for text in pair]
+    texts += ["user", "assistant"] * 1000
+    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=448))
     tokenizer = processor.tokenizer
     set_seed(seed)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -72,28 +82,56 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 
 class Scenes(Dataset):
-    """Scenes by seed; each a picture and, in any order, questions about it with their answers."""
+    """
+    Scenes by seed. Each is a picture and either its description or several shorter questions with their answers, which
+    are not asked together because one can be read off the other. With `with_hints`, there is a word for each token of
+    the picture, too.
+    """
 
-    def __init__(self, first_seed: int, length: int):
-        self.first_seed, self.length = first_seed, length
+    def __init__(self, first_seed: int, length: int, with_hints: bool):
+        self.first_seed, self.length, self.with_hints = first_seed, length, with_hints
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict:
         scene = draw_scene(self.first_seed + index)
-        questions = list(scene.questions.values())
-        random.Random(index).shuffle(questions)
+        choose = random.Random(self.first_seed + index)
+        if choose.random() < 0.4:
+            questions = [scene.questions["describe"]]
+        else:
+            rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
+            questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
+            choose.shuffle(questions)
+            questions = questions[:MAX_QUESTIONS]
         messages = []
         for question, answer in questions:
             messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": answer})
         messages[0]["content"].insert(0, {"type": "image"})
-        return {"messages": messages, "image": scene.image}
+        hints = draw_hints(choose, scene) if self.with_hints else []
+        return {"messages": messages, "image": scene.image, "hints": hints}
+
+
+def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
+    """For each image token of a scene, any word about the shape in its cell, as a token."""
+    by_place = {shape.place: shape for shape in scene.shapes}
+    rows = [[by_place.get(place) for place in row] for row in LAYOUTS[scene.layout][1]]
+    # A patch of an elongated picture shows one cell in 2 x 2 tokens; the global view of any has 3 x 3.
+    cells = [shape for row in rows for shape in row for _ in range(4)] if scene.layout != "square" else []
+    cells += [shape for row in rows * (3 // len(rows)) for shape in row for _ in range(3 // len(row))]
+    hints = []
+    for shape in cells:
+        if shape is None:
+            hints.append("Nothing")
+        else:  # kinds are the hardest to tell
+            words = [shape.size, shape.colour, shape.kind, shape.kind] + ["striped"] * shape.is_striped
+            hints.append("Ġ" + choose.choice(words))
+    return hints
 
 
 class Collator:
-    """Pads conversations to a batch, with labels where the assistant speaks."""
+    """Pads conversations to a batch, with labels where the assistant speaks and, of hints, after each image token."""
 
     def __init__(self, processor: Step3VLProcessor):
         self.processor = processor
@@ -115,23 +153,66 @@ class Collator:
                     row[begin:position] = torch.tensor(ids[begin:position])
                 else:
                     position += 1
+        for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
+            if sample["hints"]:
+                hints = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(sample["hints"]))
+                row[(ids == self.processor.image_token_id).nonzero().flatten() + 1] = hints
         return {**batch, "labels": labels}
 
 
+class MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices inside the model and its AdamW for all else, stepped as one."""
+
+    def __init__(self, model: Step3VLForConditionalGeneration):
+        matrices, pixels, others = [], [], []
+        for name, parameter in model.named_parameters():
+            if "patch_embedding" in name:  # neighbouring pixels are alike: a step here moves a lot
+                pixels.append(parameter)
+            elif parameter.ndim == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight")):
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
+        self.muon = torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(
+            [{"params": others}, {"params": pixels, "lr": 2e-4}], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05
+        )
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    def step(self, closure=None):
+        # Learning rates and, after a resume, the state are set on this optimizer.
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        for optimizer in (self.muon, self.adamw):
+            optimizer.state = self.state
+            optimizer.step(closure)
+
+
 def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
+    """
+    Trains the model and saves it in `directory`, which must not exist yet; what `Trainer` saves on the way is beside
+    it.
+
+    Raises:
+        `FileExistsError`: if there is something at `directory`, or a training beside it and no `resume`.
+        `FileNotFoundError`: if there is nothing to resume.
+    """
+    unfinished = directory.with_name(f"{directory.name}-training")
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
+    if unfinished.exists() and not resume:
+        raise FileExistsError(f"{unfinished} holds a training already; go on with --resume, or remove it.")
+    if resume and (not unfinished.exists() or get_last_checkpoint(unfinished) is None):
+        raise FileNotFoundError(f"There is no training to resume in {unfinished}.")
     model, processor = make_model(seed)
-    steps = steps or (150 if quick else 6000)
+    if steps is None:
+        steps = 200 if quick else 9000
     batch_size = 16
     arguments = TrainingArguments(
-        directory,
+        unfinished,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
-        learning_rate=2e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=min(300, steps // 10),
-        weight_decay=0.05,
-        adam_beta2=0.98,
+        warmup_steps=min(100, steps // 10),
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=max(steps // 10, 1),
@@ -148,23 +229,28 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=Scenes(seed * steps * batch_size, steps * batch_size),
-        eval_dataset=Scenes(EVALUATION_SEEDS, 128),
+        train_dataset=Scenes(seed * steps * batch_size, steps * batch_size, with_hints=True),
+        eval_dataset=Scenes(EVALUATION_SEEDS, 128, with_hints=False),
         data_collator=Collator(processor),
+        optimizers=(MuonAndAdamW(model), None),
     )
-    trainer.train(resume_from_checkpoint=resume or None)
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
+    trainer.train(resume_from_checkpoint=resume)
+    model.config.text_config.output_router_logits = False
+    save_whole(directory, model, processor)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="where the model and its checkpoints go")
+    parser.add_argument("directory", type=Path, help="where the model goes; must not exist yet")
     parser.add_argument("--quick", action="store_true", help="a worse model in under three minutes")
-    parser.add_argument("--steps", type=int, help="train for so many steps")
+    parser.add_argument("--steps", type=int, help="train for so many steps (default: 9000, or 200 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on from the directory's last checkpoint")
-    train(**vars(parser.parse_args()))
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    arguments = parser.parse_args()
+    try:
+        train(**vars(arguments))
+    except (FileExistsError, FileNotFoundError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
