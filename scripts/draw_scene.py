@@ -172,6 +172,12 @@ def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str
     return questions
 
 
+def save_png(image: Image.Image, path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.part")
+    image.save(unfinished, format="PNG")
+    unfinished.replace(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("picture", type=Path, help="where to save it, as PNG")
@@ -180,7 +186,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seed = random.getrandbits(32) if arguments.seed is None else arguments.seed
     scene = draw_scene(seed, arguments.layout)
-    scene.image.save(arguments.picture)
+    save_png(scene.image, arguments.picture)
     for question, answer in scene.questions.values():
         print(f"{question} {answer}")
 

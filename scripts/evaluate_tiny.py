@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from describe import TINY
-from draw_scene import LAYOUTS, Scene, draw_scene
+from draw_scene import LAYOUTS, Scene, draw_scene, save_png
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -127,7 +127,7 @@ def main() -> None:
     answers = answer_scenes(model, processor, scenes, with_patches=not arguments.without_patches)
     print(table(accuracies(answers)))
     if arguments.show:
-        contact_sheet(answers).save(arguments.show)
+        save_png(contact_sheet(answers), arguments.show)
 
 
 if __name__ == "__main__":

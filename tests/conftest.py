@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
 logging.disable_progress_bar()
 
 IMAGE_TOKEN = 7
+
+
+def run(script: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs one of the scripts as from a shell."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:
