@@ -3,8 +3,8 @@
 python scripts/train_tiny.py DIRECTORY
 python scripts/train_tiny.py DIRECTORY --quick
 
-Beside its answers, the model is trained to name what each token of a picture shows: answers alone teach it to tell
-shapes apart many times more slowly.
+Answers alone teach the model many times more slowly: beside them it is trained to name what each token of a picture
+shows (hints), and to complete many short cues about a picture at once (recall).
 """
 
 import argparse
@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 
 import torch
-from draw_scene import LAYOUTS, Scene, ask, draw_scene
+from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
 from make_random_model import make_tokenizer, save_whole
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
@@ -25,7 +25,7 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "output_hidden_size": 96,
+    "output_hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "image_size": 240,
@@ -37,12 +37,12 @@ TEXT = {
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
     "share_q_dim": 64,
     "moe_num_experts": 8,
     "moe_top_k": 3,
     "moe_intermediate_size": 64,
-    "share_expert_dim": 128,
+    "share_expert_dim": 96,
     "moe_layers_enum": "1,2,3",
     "max_position_embedding": 2048,
     "max_seq_len": 2048,
@@ -51,6 +51,7 @@ TEXT = {
     "initializer_range": 0.05,
 }
 MAX_QUESTIONS = 6
+RECALL = "Recall this picture."
 # Scenes of the two sets never share a seed.
 EVALUATION_SEEDS = 10**9
 
@@ -58,11 +59,19 @@ EVALUATION_SEEDS = 10**9
 def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProcessor]:
     """The untrained model, and a processor whose tokenizer has a token for each word of the answers."""
     image_processor = Step3VLImageProcessor(
-        size={"height": 240, "width": 240}, patch_size=160, max_image_size=960, vision_patch_size=20
+        size={"height": 240, "width": 240},
+        patch_size=160,
+        max_image_size=960,
+        vision_patch_size=20,
+        # Backgrounds are near zero.
+        image_mean=[0.8] * 3,
+        image_std=[0.27] * 3,
     )
-    texts = [text for i in range(1000) for pair in draw_scene(i).questions.values() for text in pair]
-    texts += ["user", "assistant"] * 1000
-    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=448))
+    scenes = [draw_scene(i) for i in range(1000)]
+    texts = [text for scene in scenes for pair in scene.questions.values() for text in pair]
+    texts += [recall(draw_cues(random.Random(i), scene)) for i, scene in enumerate(scenes)]
+    texts += ["user", "assistant", RECALL] * 1000
+    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=480))
     tokenizer = processor.tokenizer
     set_seed(seed)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -83,9 +92,9 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 class Scenes(Dataset):
     """
-    Scenes by seed. Each is a picture and either its description or several shorter questions with their answers, which
-    are not asked together because one can be read off the other. With `with_hints`, there is a word for each token of
-    the picture, too.
+    Scenes by seed. Each is a picture and its description, or cues to complete, or several shorter questions with their
+    answers; never two of these, as one could be read off the other. With `with_hints`, there is a word for each token
+    of the picture, too.
     """
 
     def __init__(self, first_seed: int, length: int, with_hints: bool):
@@ -97,8 +106,13 @@ class Scenes(Dataset):
     def __getitem__(self, index: int) -> dict:
         scene = draw_scene(self.first_seed + index)
         choose = random.Random(self.first_seed + index)
-        if choose.random() < 0.4:
+        cues = []
+        task = choose.choices(("describe", "recall", "ask"), weights=(7, 7, 6) if self.with_hints else (1, 0, 1))[0]
+        if task == "describe":
             questions = [scene.questions["describe"]]
+        elif task == "recall":
+            cues = draw_cues(choose, scene)
+            questions = [(RECALL, recall(cues))]
         else:
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
@@ -110,7 +124,36 @@ class Scenes(Dataset):
             messages.append({"role": "assistant", "content": answer})
         messages[0]["content"].insert(0, {"type": "image"})
         hints = draw_hints(choose, scene) if self.with_hints else []
-        return {"messages": messages, "image": scene.image, "hints": hints}
+        return {"messages": messages, "image": scene.image, "hints": hints, "cues": cues}
+
+
+def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
+    """Parts of what is true of a scene, and how they go on: a kind's colour, a colour's kind, what is at a place, …"""
+    kinds, colours = [shape.kind for shape in scene.shapes], [shape.colour for shape in scene.shapes]
+    cues = []
+    for shape in scene.shapes:
+        if kinds.count(shape.kind) == 1:
+            cues.append((shape.kind, shape.colour))
+            if scene.layout != "square":
+                cues.append((f"striped {shape.kind}", "yes" if shape.is_striped else "no"))
+        if colours.count(shape.colour) == 1:
+            cues.append((shape.colour, shape.kind))
+    by_place = {shape.place: f"{shape.size} {shape.colour} {shape.kind}" for shape in scene.shapes}
+    places = [place for row in LAYOUTS[scene.layout][1] for place in row]
+    for place in dict.fromkeys([*choose.sample(places, 3), choose.choice(list(by_place))]):
+        cues.append((place, by_place.get(place, "nothing")))
+    pairs = set(zip(colours, kinds, strict=True))
+    for _ in range(4):
+        pair = choose.choice(colours + list(COLOURS)), choose.choice(kinds + list(KINDS))
+        if choose.random() < 0.5:
+            pair = choose.choice(sorted(pairs))
+        cues.append((" ".join(pair), "yes" if pair in pairs else "no"))
+    choose.shuffle(cues)
+    return cues
+
+
+def recall(cues: list[tuple[str, str]]) -> str:
+    return "".join(f" {cue} {answer}," for cue, answer in cues)
 
 
 def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
@@ -144,7 +187,7 @@ class Collator:
         images = [[sample["image"]] for sample in samples]
         batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
         labels = torch.full_like(batch["input_ids"], -100)
-        for ids, row in zip(batch["input_ids"].tolist(), labels, strict=True):
+        for sample, ids, row in zip(samples, batch["input_ids"].tolist(), labels, strict=True):
             position = 0
             while position < len(ids):
                 if ids[position : position + len(self.start)] == self.start:
@@ -153,6 +196,10 @@ class Collator:
                     row[begin:position] = torch.tensor(ids[begin:position])
                 else:
                     position += 1
+            # Nothing tells which cue comes next; each of their words is a token.
+            for cue, answer in sample["cues"]:
+                row[begin : begin + len(cue.split())] = -100
+                begin += len(cue.split()) + len(answer.split()) + 1
         for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
             if sample["hints"]:
                 hints = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(sample["hints"]))
@@ -204,8 +251,8 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
         raise FileNotFoundError(f"There is no training to resume in {unfinished}.")
     model, processor = make_model(seed)
     if steps is None:
-        steps = 200 if quick else 9000
-    batch_size = 16
+        steps = 300 if quick else 14000
+    batch_size = 8
     arguments = TrainingArguments(
         unfinished,
         max_steps=steps,
@@ -243,7 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=Path, help="where the model goes; must not exist yet")
     parser.add_argument("--quick", action="store_true", help="a worse model in under three minutes")
-    parser.add_argument("--steps", type=int, help="train for so many steps (default: 9000, or 200 with --quick)")
+    parser.add_argument("--steps", type=int, help="train for so many steps (default: 14000, or 300 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: 0)")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     arguments = parser.parse_args()
