@@ -1,0 +1,378 @@
+"""Makes a directory that transformers, vLLM and SGLang load out of a Step3 checkpoint.
+
+python scripts/convert_checkpoint.py SOURCE TARGET
+python scripts/convert_checkpoint.py SOURCE TARGET --dtype bfloat16
+python scripts/convert_checkpoint.py SOURCE --check
+"""
+
+import argparse
+import contextlib
+import copy
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from checkpoint_files import (
+    CODE_FILES,
+    INDEX,
+    ROOT,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    Step3TextConfig,
+    Step3VLConfig,
+    Tensor,
+    locate,
+    read_checkpoint,
+    read_json,
+    weight_block,
+)
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from tqdm import tqdm
+
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+TORCH_NAMES = {stored: name for name, stored in DTYPES.items()} | {"F8_E4M3": "float8_e4m3fn"}
+# The bits of an exponent, all of which are set in an infinity or a NaN; fp8 has no infinity, and NaN has all bits set.
+NOT_FINITE = {
+    "F64": (np.uint64, 0x7FF0000000000000),
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F8_E4M3": (np.uint8, 0x7F),
+}
+# In the order that the safetensors library writes tensors of several types in.
+TYPE_ORDER = ("F64", "F32", "BF16", "F16", "F8_E4M3")
+# What goes with the weights, apart from the config, the code and the index. No file that could be code is among them.
+CARRIED_FILES = (
+    "README.md",
+    "LICENSE",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+# Bytes that are read, converted and written at a time.
+CHUNK = 16 * 2**20
+MANIFEST = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Item:
+    """
+    A tensor to be written.
+
+    Args:
+        name: Its name in the target.
+        tensor: Where it comes from.
+        dtype: The type it is written in.
+        scale: The scales it is multiplied by, if it is dequantised.
+        block: Rows and columns that share one of them.
+    """
+
+    name: str
+    tensor: Tensor
+    dtype: str
+    scale: Tensor | None = None
+    block: tuple[int, int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.tensor.shape) * (np.dtype(NOT_FINITE[self.dtype][0]).itemsize)
+
+    @property
+    def is_copied(self) -> bool:
+        return self.scale is None and self.dtype == self.tensor.dtype
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes to be written, a chunk at a time."""
+        with self.tensor.path.open("rb") as file:
+            if self.scale is not None:
+                yield from self._dequantised(file)
+                return
+            file.seek(self.tensor.start)
+            for start in range(0, self.tensor.num_bytes, CHUNK):
+                data = read_exactly(file, min(CHUNK, self.tensor.num_bytes - start))
+                yield data if self.is_copied else cast(data, self.tensor.dtype, self.dtype)
+
+    def _dequantised(self, file) -> Iterator[bytes]:
+        import torch
+
+        *experts, rows, columns = self.tensor.shape
+        height, width = self.block
+        with self.scale.path.open("rb") as scale_file:
+            scale_file.seek(self.scale.start)
+            scale = read_exactly(scale_file, self.scale.num_bytes)
+        scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
+        file.seek(self.tensor.start)
+        step = height * max(CHUNK // (4 * height * max(columns, 1)), 1)
+        for expert in range(math.prod(experts)):
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                weight = tensor_of(read_exactly(file, count * columns), self.tensor.dtype).view(count, columns)
+                blocks = scale[expert, row // height : -(-(row + count) // height)]
+                factors = blocks.repeat_interleave(height, 0)[:count].repeat_interleave(width, 1)[:, :columns]
+                yield bytes_of((weight.float() * factors).to(getattr(torch, TORCH_NAMES[self.dtype])))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: the config, and the items of every weight file; or the files to be linked."""
+
+    config: Step3VLConfig | Step3TextConfig
+    shards: dict[str, list[Item]]
+    linked: dict[str, Path]
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        return {item.name: name for name, items in self.shards.items() for item in items}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(item.num_bytes for items in self.shards.values() for item in items)
+
+
+def read_exactly(file, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise OSError(errno.EIO, f"{file.name} ended early: it was changed while it was read")
+    return data
+
+
+def tensor_of(data: bytes, dtype: str):
+    """A 1-D torch tensor of a type as safetensors calls it."""
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_NAMES[dtype]))
+
+
+def bytes_of(tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def cast(data: bytes, source: str, target: str) -> bytes:
+    import torch
+
+    return bytes_of(tensor_of(data, source).to(getattr(torch, TORCH_NAMES[target])))
+
+
+def header_of(items: list[Item]) -> bytes:
+    """A safetensors header as the library itself writes it, for items in the order that their bytes follow in."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for item in items:
+        end = position + item.num_bytes
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_chunks(items: list[Item]) -> Iterator[bytes]:
+    """All bytes of a weight file."""
+    yield header_of(items)
+    for item in items:
+        yield from item.chunks()
+
+
+def ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same chunks, the next of which is read and converted while one is written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
+
+
+def parse_layers(text: str) -> range:
+    """Layers such as `0-3`, both ends included."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+        raise argparse.ArgumentTypeError(f"must be like 0-3, got {text!r}")
+    return range(int(first), int(last or first) + 1)
+
+
+def select(checkpoint: Checkpoint, layers: range | None, text_only: bool) -> tuple[object, dict[str, Tensor]]:
+    """
+    The config and the tensors, under their new names, of the part of a model that is asked for.
+
+    Raises:
+        `CheckpointError`: if there are no such layers.
+    """
+    config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
+    if text_only and isinstance(config, Step3VLConfig):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("vision_model.", "vit_"))}
+        quantization = getattr(config, "quantization_config", None)
+        config, dtype = config.text_config, config.dtype
+        config.dtype = config.dtype or dtype
+        if quantization is not None:
+            config.quantization_config = quantization
+    text = config.get_text_config()
+    if layers is not None:
+        if layers[-1] >= text.num_hidden_layers:
+            raise CheckpointError(
+                [f"--layers must lie between 0 and {text.num_hidden_layers - 1}, got {layers[0]}-{layers[-1]}."]
+            )
+        moe_layers = [layers.index(layer) for layer in text.moe_layers if layer in layers]
+        # "" would mean every layer but the first.
+        text.moe_layers_enum = ",".join(map(str, moe_layers)) or "-1"
+        text.num_hidden_layers = len(layers)
+        chosen = {}
+        for name, tensor in tensors.items():
+            if name.startswith("model.layers."):
+                _, _, layer, rest = name.split(".", 3)
+                if int(layer) not in layers:
+                    continue
+                name = f"model.layers.{layers.index(int(layer))}.{rest}"
+            chosen[name] = tensor
+        tensors = chosen
+    config.auto_map = None
+    kind = "Step3VLForConditionalGeneration" if isinstance(config, Step3VLConfig) else "Step3TextForCausalLM"
+    config.architectures = [kind]
+    return config, tensors
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    to_single: bool = False,
+    layers: range | None = None,
+    text_only: bool = False,
+) -> Plan:
+    config, tensors = select(checkpoint, layers, text_only)
+    text_only = text_only and isinstance(checkpoint.config, Step3VLConfig)
+    if not (dtype or max_shard_size or to_single or layers or text_only or checkpoint.has_original_names):
+        return Plan(config, {}, {path.name: path for path in checkpoint.paths})
+    target = DTYPES[dtype] if dtype else None
+    block = weight_block(checkpoint.config)
+    items = []
+    for name, tensor in tensors.items():
+        if target and name.endswith("_scale_inv"):
+            continue
+        if target and tensor.dtype == "F8_E4M3":
+            items.append(Item(name, tensor, target, tensors[f"{name}_scale_inv"], block))
+        else:
+            items.append(Item(name, tensor, target or tensor.dtype))
+    if dtype:
+        config.dtype = dtype
+        for part in (config, config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)
+        if isinstance(config, Step3VLConfig):
+            config.text_config.dtype = config.vision_config.dtype = dtype
+    split = split_state_dict_into_shards_factory(
+        {item.name: item for item in items},
+        get_storage_size=lambda item: item.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=sum(item.num_bytes for item in items) + 1 if to_single else max_shard_size or "5GB",
+    )
+    by_name = {item.name: item for item in items}
+    shards = {
+        file: sorted((by_name[name] for name in names), key=lambda item: (TYPE_ORDER.index(item.dtype), item.name))
+        for file, names in split.filename_to_tensors.items()
+    }
+    return Plan(config, shards, {})
+
+
+def check_finite(checkpoint: Checkpoint) -> list[str]:
+    """The tensors that hold a NaN or an infinity."""
+    problems = []
+    with progress_bar(checkpoint.num_bytes, "Checking") as progress:
+        for tensor in checkpoint.tensors.values():
+            kind, exponent = NOT_FINITE[tensor.dtype]
+            bad = 0
+            for chunk in Item(tensor.name, tensor, tensor.dtype).chunks():
+                bits = np.frombuffer(chunk, kind)
+                bad += int(np.count_nonzero((bits & kind(exponent)) == kind(exponent)))
+                progress.update(len(chunk))
+            if bad:
+                problems.append(f"{tensor.path.name}: {tensor.stored_name}: {bad} values are NaN or infinite.")
+    return problems
+
+
+def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
+    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+
+
+def write_file(path: Path, chunks: Iterator[bytes], progress: tqdm) -> None:
+    """Writes a file that is there whole or not at all, a power cut included."""
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb", buffering=0) as file:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                view = view[file.write(view) :]
+            progress.update(len(chunk))
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    data = json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    write_file(path, iter([data]), tqdm(disable=True))
+
+
+def link(source: Path, target: Path, how: str) -> None:
+    """Puts a file in place without copying it, if the file systems allow."""
+    source = source.resolve()
+    if target.exists():
+        return
+    if how == "symlink":
+        target.symlink_to(source)
+        return
+    if how == "hardlink":
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+    with source.open("rb") as file, progress_bar(source.stat().st_size, target.name) as progress:
+        write_file(target, ahead(iter(lambda: file.read(CHUNK) or None, None)), progress)
+
+
+def carry_files(source: Path, target: Path, has_vision: bool) -> None:
+    """The tokenizer's, the processor's and the other small files, without any reference to code but the package's."""
+    for name in CARRIED_FILES:
+        if not (source / name).exists():
+            continue
+        if name.endswith("_config.json"):
+            settings = read_json(source / name)
+            settings.pop("auto_map", None)
+            if name == "processor_config.json":
+                settings |= PROCESSOR
+            write_json(target / name, settings)
+        else:
+            shutil.copyfile(source / name, target / name)
+    if has_vision and not (target / "processor_config.json").exists():
+        write_json(target / "processor_config.json", PROCESSOR)
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, target / name)
+
+
+PROCESSOR = {
+    "processor_class": "Step3VLProcessor",
+    "auto_map": {
+        "AutoProcessor": "processing_step3.Step3VLProcessor",
+        "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
+    },
+}
