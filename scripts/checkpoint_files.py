@@ -64,7 +64,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is whole: every tensor that its config implies is there, in the right shape, and no other."""
+    """A checkpoint that is whole: every tensor that its config implies is there, in the right shape, and no other; they
+    are in the order of the model."""
 
     directory: Path
     config: Step3VLConfig | Step3TextConfig
@@ -456,4 +457,6 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             problems += error.problems
     if problems:
         raise CheckpointError(problems)
-    return Checkpoint(directory, config, tensors)
+    places = {name: place for place, name in enumerate(expected_shapes(config))}
+    names = sorted(tensors, key=lambda name: (places[name.removesuffix("_scale_inv")], name))
+    return Checkpoint(directory, config, {name: tensors[name] for name in names})

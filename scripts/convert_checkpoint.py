@@ -6,7 +6,6 @@ python scripts/convert_checkpoint.py SOURCE --check
 """
 
 import argparse
-import contextlib
 import copy
 import errno
 import fcntl
@@ -32,7 +31,6 @@ from checkpoint_files import (
     Step3TextConfig,
     Step3VLConfig,
     Tensor,
-    locate,
     read_checkpoint,
     read_json,
     weight_block,
@@ -376,3 +374,155 @@ PROCESSOR = {
         "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
     },
 }
+
+
+def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
+    """What a run must have in common with the unfinished one that it goes on with."""
+    files = {}
+    for path in [checkpoint.directory / "config.json", *checkpoint.paths]:
+        status = path.stat()
+        files[path.name] = [status.st_size, status.st_mtime_ns]
+    return {"source": str(checkpoint.directory.resolve()), "files": files, "options": options}
+
+
+def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
+    """
+    Writes `plan` to `target`, which is there whole or not at all: until then the run is in `TARGET.partial`, from which
+    the same call goes on.
+
+    Raises:
+        `CheckpointError`: if `target` exists, another run is under way or unfinished, or the disk is full.
+    """
+    if target.exists():
+        raise CheckpointError([f"{target} exists already; choose another place or remove it."])
+    partial = target.with_name(f"{target.name}.partial")
+    package = partial / "package"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError([f"another run is writing {target}."]) from None
+        mark = fingerprint(checkpoint, options)
+        if (partial / "run.json").exists():
+            if read_json(partial / "run.json") != mark:
+                text = "an unfinished run of another source or with other options; repeat that one, or remove it."
+                raise CheckpointError([f"{partial} is {text}"])
+        else:
+            write_json(partial / "run.json", mark)
+        package.mkdir(exist_ok=True)
+        done = sum(item.num_bytes for name, items in plan.shards.items() for item in items if (package / name).exists())
+        free = shutil.disk_usage(package).free
+        if plan.num_bytes - done > free:
+            raise CheckpointError([f"{target}: {plan.num_bytes - done} bytes are to be written, and {free} are free."])
+
+        for name, path in plan.linked.items():
+            link(path, package / name, how)
+        with progress_bar(plan.num_bytes, "Writing", initial=done) as progress:
+            for name, items in plan.shards.items():
+                if not (package / name).exists():
+                    write_file(package / name, ahead(shard_chunks(items)), progress)
+        weight_map = plan.weight_map or {name: tensor.path.name for name, tensor in checkpoint.tensors.items()}
+        sizes = [item.num_bytes for items in plan.shards.values() for item in items] or [checkpoint.num_bytes]
+        if set(weight_map.values()) != {WEIGHTS}:
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(package / INDEX, index)
+        carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
+        plan.config.save_pretrained(package)
+        if verify:
+            write_manifest(package, plan, checkpoint)
+        package.rename(target)
+        shutil.rmtree(partial)
+
+
+def write_manifest(package: Path, plan: Plan, checkpoint: Checkpoint) -> None:
+    """
+    Reads back every weight file, compares it with the source and writes its SHA-256 down, as `sha256sum -c` reads it.
+
+    Raises:
+        `CheckpointError`: if a tensor is not what it should be.
+    """
+    lines, problems = [], []
+    total = plan.num_bytes or checkpoint.num_bytes
+    with progress_bar(total, "Verifying") as progress:
+        for name in sorted(plan.shards or plan.linked):
+            digest = hashlib.sha256()
+            with (package / name).open("rb") as file:
+                if name in plan.shards:
+                    header = header_of(plan.shards[name])
+                    parts = [("header", iter([header]))] + [(item.name, item.chunks()) for item in plan.shards[name]]
+                else:
+                    source = plan.linked[name].open("rb")
+                    parts = [(name, iter(lambda source=source: source.read(CHUNK) or None, None))]
+                for part, chunks in parts:
+                    for chunk in ahead(chunks):
+                        written = file.read(len(chunk))
+                        digest.update(written)
+                        progress.update(len(chunk))
+                        if written != chunk:
+                            problems.append(f"{name}: {part}: was not written as it should be.")
+                if file.read(1):
+                    problems.append(f"{name}: is longer than it should be.")
+            lines.append(f"{digest.hexdigest()}  {name}\n")
+    if problems:
+        raise CheckpointError(sorted(set(problems)))
+    write_file(package / MANIFEST, iter(["".join(lines).encode()]), tqdm(disable=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0],
+        epilog="Without any of the rewriting options the weights are linked, which takes seconds for any size. A run "
+        "that was interrupted goes on when it is repeated.",
+    )
+    parser.add_argument("source", help="directory or hub id of the checkpoint")
+    parser.add_argument("target", type=Path, nargs="?", help="directory to be made; must not exist yet")
+    parser.add_argument("--check", action="store_true", help="only check the source, and list everything wrong with it")
+    parser.add_argument("--check-finite", action="store_true", help="also look for NaN and infinite weights")
+    parser.add_argument("--verify", action="store_true", help=f"read back and compare; write {MANIFEST}")
+    placing = parser.add_argument_group("linking").add_mutually_exclusive_group()
+    placing.add_argument("--symlink", dest="how", action="store_const", const="symlink", help="by symbolic links")
+    placing.add_argument("--copy", dest="how", action="store_const", const="copy", help="copy instead")
+    rewriting = parser.add_argument_group("rewriting")
+    rewriting.add_argument("--dtype", choices=list(DTYPES), help="type of all weights; fp8 is dequantised")
+    rewriting.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB (the default when rewriting)")
+    rewriting.add_argument("--to-single", action="store_true", help=f"one file, {WEIGHTS}")
+    rewriting.add_argument("--layers", type=parse_layers, metavar="A-B", help="only these layers, renumbered from 0")
+    rewriting.add_argument("--text-only", action="store_true", help="the language model, Step3TextForCausalLM")
+    arguments = parser.parse_args()
+    if (arguments.target is None) != arguments.check:
+        parser.error("give a TARGET, or --check and no TARGET")
+    if arguments.to_single and arguments.max_shard_size:
+        parser.error("--to-single and --max-shard-size contradict each other")
+    source = Path(arguments.source)
+    options = {
+        "dtype": arguments.dtype,
+        "max_shard_size": arguments.max_shard_size,
+        "to_single": arguments.to_single,
+        "layers": [arguments.layers[0], arguments.layers[-1]] if arguments.layers else None,
+        "text_only": arguments.text_only,
+    }
+    try:
+        if not source.exists() and arguments.source.count("/") == 1:
+            source = Path(
+                snapshot_download(arguments.source, allow_patterns=["*.json", "*.safetensors", *CARRIED_FILES])
+            )
+        checkpoint = read_checkpoint(source)
+        plan = make_plan(checkpoint, **{**options, "layers": arguments.layers})
+        if arguments.check_finite and (problems := check_finite(checkpoint)):
+            raise CheckpointError(problems)
+        if not arguments.check:
+            convert(checkpoint, plan, arguments.target, options, arguments.how or "hardlink", arguments.verify)
+    except CheckpointError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    gigabytes = (plan.num_bytes or checkpoint.num_bytes) / 1e9
+    print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {arguments.target or 'nothing wrong'}")
+
+
+if __name__ == "__main__":
+    main()
