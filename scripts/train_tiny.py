@@ -4,7 +4,7 @@ python scripts/train_tiny.py DIRECTORY
 python scripts/train_tiny.py DIRECTORY --quick
 
 Answers alone teach the model many times more slowly: beside them it is trained to name what each token of a picture
-shows (hints), and to complete many short cues about a picture at once (recall).
+shows (hints), and what goes with each of many words about it (cues).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
     )
     scenes = [draw_scene(i) for i in range(1000)]
     texts = [text for scene in scenes for pair in scene.questions.values() for text in pair]
-    texts += [recall(draw_cues(random.Random(i), scene)) for i, scene in enumerate(scenes)]
+    texts += [f" {cue}," for i, scene in enumerate(scenes) for cue, _ in draw_cues(random.Random(i), scene)]
     texts += ["user", "assistant", RECALL] * 1000
     processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=480))
     tokenizer = processor.tokenizer
@@ -112,7 +112,7 @@ class Scenes(Dataset):
             questions = [scene.questions["describe"]]
         elif task == "recall":
             cues = draw_cues(choose, scene)
-            questions = [(RECALL, recall(cues))]
+            questions = [(RECALL, "".join(f" {cue}," for cue, _ in cues))]
         else:
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
@@ -128,32 +128,29 @@ class Scenes(Dataset):
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
-    """Parts of what is true of a scene, and how they go on: a kind's colour, a colour's kind, what is at a place, …"""
+    """Words about a scene and a token for what goes with each: a kind's colour, a colour's kind, what is at a place, …"""
     kinds, colours = [shape.kind for shape in scene.shapes], [shape.colour for shape in scene.shapes]
     cues = []
     for shape in scene.shapes:
         if kinds.count(shape.kind) == 1:
-            cues.append((shape.kind, shape.colour))
+            cues.append((shape.kind, f"Ġ{shape.colour}"))
             if scene.layout != "square":
-                cues.append((f"striped {shape.kind}", "yes" if shape.is_striped else "no"))
+                cues.append((f"striped {shape.kind}", "Yes" if shape.is_striped else "No"))
         if colours.count(shape.colour) == 1:
-            cues.append((shape.colour, shape.kind))
-    by_place = {shape.place: f"{shape.size} {shape.colour} {shape.kind}" for shape in scene.shapes}
+            cues.append((shape.colour, f"Ġ{shape.kind}"))
+    by_place = {shape.place: shape for shape in scene.shapes}
     places = [place for row in LAYOUTS[scene.layout][1] for place in row]
-    for place in dict.fromkeys([*choose.sample(places, 3), choose.choice(list(by_place))]):
-        cues.append((place, by_place.get(place, "nothing")))
+    for place in [*choose.sample(places, 3), choose.choice(list(by_place))]:
+        shape = by_place.get(place)
+        cues.append((place, "Ġ" + choose.choice([shape.size, shape.colour, shape.kind]) if shape else "Nothing"))
     pairs = set(zip(colours, kinds, strict=True))
     for _ in range(4):
         pair = choose.choice(colours + list(COLOURS)), choose.choice(kinds + list(KINDS))
         if choose.random() < 0.5:
             pair = choose.choice(sorted(pairs))
-        cues.append((" ".join(pair), "yes" if pair in pairs else "no"))
+        cues.append((" ".join(pair), "Yes" if pair in pairs else "No"))
     choose.shuffle(cues)
     return cues
-
-
-def recall(cues: list[tuple[str, str]]) -> str:
-    return "".join(f" {cue} {answer}," for cue, answer in cues)
 
 
 def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
@@ -174,7 +171,10 @@ def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
 
 
 class Collator:
-    """Pads conversations to a batch, with labels where the assistant speaks and, of hints, after each image token."""
+    """
+    Pads conversations to a batch. Labels are where the assistant speaks; those of hints and cues are after each image
+    token and each cue, where the model says what comes next.
+    """
 
     def __init__(self, processor: Step3VLProcessor):
         self.processor = processor
@@ -183,6 +183,7 @@ class Collator:
         self.start = tokenizer("<|BOT|>assistant\n", add_special_tokens=False)["input_ids"]
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
         texts = [self.processor.apply_chat_template(sample["messages"]) for sample in samples]
         images = [[sample["image"]] for sample in samples]
         batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
@@ -196,13 +197,15 @@ class Collator:
                     row[begin:position] = torch.tensor(ids[begin:position])
                 else:
                     position += 1
-            # Nothing tells which cue comes next; each of their words is a token.
-            for cue, answer in sample["cues"]:
-                row[begin : begin + len(cue.split())] = -100
-                begin += len(cue.split()) + len(answer.split()) + 1
+            if sample["cues"]:
+                row[begin:position] = -100
+                for cue, token in sample["cues"]:
+                    begin += len(cue.split())  # each word is a token, and so is the comma
+                    row[begin] = tokenizer.convert_tokens_to_ids(token)
+                    begin += 1
         for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
             if sample["hints"]:
-                hints = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(sample["hints"]))
+                hints = torch.tensor(tokenizer.convert_tokens_to_ids(sample["hints"]))
                 row[(ids == self.processor.image_token_id).nonzero().flatten() + 1] = hints
         return {**batch, "labels": labels}
 
