@@ -128,7 +128,7 @@ class Scenes(Dataset):
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
-    """Words about a scene and a token for what goes with each: a kind's colour, a colour's kind, what is at a place, …"""
+    """Words about a scene and a token for what goes with each: with a kind its colour, with a place what is there, …"""
     kinds, colours = [shape.kind for shape in scene.shapes], [shape.colour for shape in scene.shapes]
     cues = []
     for shape in scene.shapes:
