@@ -169,8 +169,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
         moe_layers_enum (`str`, `list[int]` or `tuple[int]`, *optional*):
             Indices of the layers with routed experts, as numbers or as text such as `"4,5,6"`; kept as text, which is
-            what the serving engines read. `None` and `""` mean every layer but the first, `"-1"` none. Left out, it is
-            `"4,5,…,59"` at the released depth of 61 layers and `None` at any other.
+            what the serving engines read. `None` and `""` mean every layer but the first. Left out, it is `"4,5,…,59"`
+            at the released depth of 61 layers and `None` at any other.
         moe_num_experts (`int`, defaults to 48): Routed experts in such a layer.
         moe_top_k (`int`, defaults to 3): Experts that a token is routed to.
         moe_intermediate_size (`int`, defaults to 5120): Width inside a routed expert.
@@ -291,8 +291,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         entries = self.moe_layers_enum
         if isinstance(entries, str):
             entries = entries.strip().split(",")
-        layers = sorted({int(entry) for entry in entries})
-        return [] if layers == [-1] else layers
+        return sorted({int(entry) for entry in entries})
 
     def validate_architecture(self):
         """Checks that every size is positive and that heads, experts and layer indices agree."""
