@@ -171,6 +171,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             Indices of the layers with routed experts, as numbers or as text such as `"4,5,6"`; kept as text, which is
             what the serving engines read. `None` and `""` mean every layer but the first. Left out, it is `"4,5,…,59"`
             at the released depth of 61 layers and `None` at any other.
+        use_moe (`bool`, defaults to `True`):
+            Whether there are such layers at all. If not, `moe_layers_enum` is `"-1"`, which the serving engines read as
+            no layer of the model; they do not know this field.
         moe_num_experts (`int`, defaults to 48): Routed experts in such a layer.
         moe_top_k (`int`, defaults to 3): Experts that a token is routed to.
         moe_intermediate_size (`int`, defaults to 5120): Width inside a routed expert.
@@ -252,6 +255,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     hidden_act: str = "silu"
     attention_dropout: float | int = 0.0
     moe_layers_enum: str | list[int] | tuple[int, ...] | None = RELEASED_MOE_LAYERS
+    use_moe: bool = True
     moe_num_experts: int = 48
     moe_top_k: int = 3
     moe_intermediate_size: int = 5120
@@ -271,6 +275,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         # Left out means the released layers, which only the released depth has.
         if self.moe_layers_enum is RELEASED_MOE_LAYERS and self.num_hidden_layers != 61:
             self.moe_layers_enum = None
+        if not self.use_moe:
+            self.moe_layers_enum = "-1"
         if not isinstance(self.moe_layers_enum, str | None):
             self.moe_layers_enum = ",".join(str(index) for index in self.moe_layers_enum)
         # transformers completes these dictionaries in place, and they are the caller's.
@@ -283,9 +289,23 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             self.base_model_tp_plan = {**self.base_model_tp_plan, **split}
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Out of a whole model's config, the text part knows the weights' type and quantisation, too."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if isinstance(text_config := config_dict.get(cls.base_config_key), dict):
+            shared = ("quantization_config", "dtype", "torch_dtype")
+            config_dict[cls.base_config_key] = {
+                **{key: config_dict[key] for key in shared if config_dict.get(key) is not None},
+                **text_config,
+            }
+        return config_dict, kwargs
+
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers with routed experts, in ascending order."""
+        if not self.use_moe:
+            return []
         if not self.moe_layers_enum:
             return list(range(1, self.num_hidden_layers))
         entries = self.moe_layers_enum

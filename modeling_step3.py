@@ -17,14 +17,18 @@ Read from top to bottom, in the order data flows: the names on disk, the vision 
 together, the language-model heads.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from packaging.version import Version
+from safetensors import safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -72,6 +76,7 @@ register_checkpoint_conversion_mapping(
             [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
         ),
         WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
+        WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.down_proj_scale_inv"),
     ],
     overwrite=True,
 )
@@ -89,6 +94,9 @@ register_checkpoint_conversion_mapping(
     ],
     overwrite=True,
 )
+
+
+_VISION_NAME = re.compile(r"(model\.)?(vision_model\.|vit_)")
 
 
 def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
@@ -303,6 +311,64 @@ class Step3VisionTransformer(nn.Module):
         return hidden_states
 
 
+class DequantizedWeight:
+    """
+    A weight in a file, read only when it is indexed: as it is, or if it is fp8 as the product with the scales of its
+    blocks of `block_size` (rows, columns), in `dtype`.
+
+    Raises:
+        `ValueError`: if it is fp8 and has no scales.
+    """
+
+    def __init__(self, name: str, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
+        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
+        if scale is None and "F8_E4M3" in str(weight.get_dtype() if hasattr(weight, "get_dtype") else weight.dtype):
+            raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
+
+    def get_shape(self) -> list[int]:
+        return self.weight.get_shape()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if self.scale is None:
+            return self.weight[index]
+        weight, scale = self.weight[...], self.scale[...].float()
+        rows, columns = weight.shape[-2:]
+        height, width = self.block_size
+        output = torch.empty(weight.shape, dtype=self.dtype)
+        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (output, weight, scale))
+        for out, quantized, factors in zip(*matrices, strict=True):  # expert by expert: float32 copies take room
+            factors = factors.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+            out.copy_(quantized.float().mul_(factors))
+        return output[index]
+
+
+def _keep_unquantized_modules(model: PreTrainedModel, weights: Mapping, load_config) -> None:
+    """Takes back the fp8 modules of `model` whose weights in the checkpoint have no scales: they are not fp8."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+
+    text_config = model.config.get_text_config()
+    block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
+    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
+    own_names = model.state_dict()
+    names = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in weights}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FP8Linear) and f"{name}.weight_scale_inv" not in names:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        elif isinstance(module, FP8Experts) and f"{name}.down_proj_scale_inv" not in names:
+            with torch.device("meta"):
+                plain = Step3TextExperts(text_config)
+        else:
+            if isinstance(module, FP8Experts) and text_config.moe_intermediate_size % block_rows:
+                raise ValueError(
+                    "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
+                    f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
+                    "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
+                )
+            continue
+        model.set_submodule(name, plain.to(load_config.dtype))
+
+
 class Step3VLPreTrainedModel(PreTrainedModel):
     """What the Step3 models share: weight initialisation and what they support."""
 
@@ -329,6 +395,44 @@ class Step3VLPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, Step3VisionEmbeddings):
             init.normal_(module.class_embedding, mean=0.0, std=std)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """
+        What `from_pretrained` reads weights with. Files that hold nothing but the vision encoder stay closed for a
+        model without one. Block-fp8 weights are kept or dequantised, as transformers' quantiser decides by the device;
+        what the checkpoint holds in another type is not made fp8.
+
+        Raises:
+            `ValueError`: if fp8 weights have no scales, or blocks that the fused experts cannot keep.
+        """
+        if checkpoint_files and load_config.sharded_metadata and isinstance(model.config, Step3TextConfig):
+            weight_map = load_config.sharded_metadata["weight_map"].items()
+            files = {os.path.basename(file) for name, file in weight_map if not _VISION_NAME.match(name)}
+            checkpoint_files = [path for path in checkpoint_files if os.path.basename(path) in files]
+        load = super(Step3VLPreTrainedModel, Step3VLPreTrainedModel)._load_pretrained_model
+        quantizer = load_config.hf_quantizer
+        if quantizer is None or not quantizer.pre_quantized or quantizer.quantization_config.quant_method != "fp8":
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+        with ExitStack() as stack:
+            weights = state_dict
+            if weights is None:
+                files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
+                weights = {name: file.get_slice(name) for file in files for name in file.keys()}
+            if not quantizer.quantization_config.dequantize:
+                _keep_unquantized_modules(model, weights, load_config)
+                return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+            block_size, dtype = quantizer.quantization_config.weight_block_size, load_config.dtype
+            weights = {
+                name: DequantizedWeight(name, weight, weights.get(f"{name}_scale_inv"), block_size, dtype)
+                for name, weight in weights.items()
+                if not name.endswith("_scale_inv")
+            }
+            renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+            converters = [e for e in get_model_conversion_mapping(model) if isinstance(e, WeightConverter)]
+            load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
+            return load(model, weights, None, load_config, expected_keys)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""

@@ -1,4 +1,6 @@
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
@@ -101,6 +104,58 @@ def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tenso
         alone["num_patches"] = batch["num_patches"][pictures]
         alone["patch_pixel_values"] = batch["patch_pixel_values"][patches]
     return alone
+
+
+def make_fp8_checkpoint(directory: Path, *overrides: str) -> Path:
+    """A random checkpoint as the fp8 release has it, in several files; few of its sizes are multiples of 128."""
+    from make_random_model import make_random_model
+
+    overrides = ["hidden_size=200", "moe_intermediate_size=136", "initializer_range=0.05", *overrides]
+    make_random_model(directory, [f"text_config.{override}" for override in overrides], dtype="bfloat16")
+    quantised = {}
+    for name, weight in load_file(directory / "model.safetensors").items():
+        quantised[name] = weight
+        if not re.fullmatch(r"model\.layers\..*_proj\.weight", name):
+            continue
+        rows, columns = weight.shape[-2:]
+        blocks = torch.zeros(*weight.shape[:-2], -(-rows // 128) * 128, -(-columns // 128) * 128)
+        blocks[..., :rows, :columns] = weight.float()
+        blocks = blocks.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+        scale = blocks.abs().amax((-1, -3)) / torch.finfo(torch.float8_e4m3fn).max
+        blocks = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
+        quantised[name] = blocks[..., :rows, :columns].contiguous().to(torch.float8_e4m3fn)
+        quantised[f"{name}_scale_inv"] = scale
+    # The scales lie in another file than their weights, and the vision encoder in a third.
+    files = {"1": {}, "2": {}, "3": {}}
+    for name, tensor in quantised.items():
+        files["3" if name.startswith("vi") else "2" if name.endswith("_inv") else "1"][name] = tensor
+    index = {"metadata": {"total_size": 0}, "weight_map": {}}
+    for number, tensors in files.items():
+        file = f"model-0000{number}-of-00003.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def dequantised(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What an fp8 checkpoint stands for, each element times the scale of its block."""
+    tensors = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    plain = {name: tensor.to(dtype) for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
+    for name, weight in tensors.items():
+        if f"{name}_scale_inv" in tensors:
+            rows, columns = (torch.arange(size) // 128 for size in weight.shape[-2:])
+            scale = tensors[f"{name}_scale_inv"][..., rows, :][..., columns]
+            plain[name] = (weight.float() * scale).to(dtype)
+    return plain
 
 
 @pytest.fixture

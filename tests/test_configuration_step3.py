@@ -74,6 +74,12 @@ def test_moe_layers_left_out():
     assert Step3TextConfig(num_hidden_layers=4).moe_layers == [1, 2, 3]
 
 
+def test_no_moe_layers():
+    config = Step3TextConfig(num_hidden_layers=4, use_moe=False, moe_layers_enum="1,2")
+    assert config.moe_layers == Step3TextConfig(**config.to_dict()).moe_layers == []
+    assert config.to_dict()["moe_layers_enum"] == "-1"
+
+
 def test_standard_names():
     config = Step3TextConfig(num_hidden_layers=2, num_experts=6, num_experts_per_tok=2, max_position_embeddings=77)
     assert (config.moe_num_experts, config.moe_top_k, config.max_position_embedding) == (6, 2, 77)

@@ -1,0 +1,493 @@
+"""Reads a Step3 checkpoint without trusting it: config, index and safetensors headers, but no weights and no code."""
+
+import json
+import math
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+
+
+ROOT = Path(__file__).parents[1]
+# The configuration by itself: the package would load torch, which takes longer than all that is done here.
+sys.path.insert(0, str(ROOT))
+from configuration_step3 import Step3TextConfig, Step3VLConfig  # noqa: E402
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CODE_FILES = ("configuration_step3.py", "modeling_step3.py", "processing_step3.py")
+CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
+# Bytes of an element; weights are of these types only.
+WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
+OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PICKLED = "pickled weights can run any code, and are refused; safetensors are read."
+# What JSON is read at all: in the released model the index has 0.2 MB and the largest header less.
+MAX_JSON_BYTES, MAX_JSON_DEPTH = 16 * 2**20, 50
+# Far beyond any model, and small enough to reckon with.
+MAX_LAYERS, MAX_SIZE, MAX_TENSORS = 1000, 2**31, 10**5
+
+
+class CheckpointError(ValueError):
+    """All that is wrong with a checkpoint, a line for each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """
+    A tensor in a safetensors file.
+
+    Args:
+        name: The released name.
+        stored_name: The name in the file.
+        start, end: Where its bytes are in the file.
+    """
+
+    name: str
+    stored_name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is whole: every tensor that its config implies is there, in the right shape, and no other; they
+    are in the order of the model."""
+
+    directory: Path
+    config: Step3VLConfig | Step3TextConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def paths(self) -> list[Path]:
+        return sorted({tensor.path for tensor in self.tensors.values()})
+
+    @property
+    def has_original_names(self) -> bool:
+        return any(tensor.name != tensor.stored_name for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+
+def quote(value: object) -> str:
+    """A value that came from a file, fit for a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def parse_json(data: bytes, where: str) -> dict:
+    """
+    A JSON object from UTF-8 text.
+
+    Raises:
+        `CheckpointError`: if it is not one, repeats a key, is nested too deep or holds what JSON does not know.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        result = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"the key {quote(key)} is there twice")
+            result[key] = value
+        return result
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
+    except ValueError as error:
+        raise CheckpointError([f"{where}: not valid JSON: {error}."]) from None
+    except RecursionError:
+        raise CheckpointError([f"{where}: not valid JSON: nested too deep."]) from None
+    if not isinstance(value, dict):
+        raise CheckpointError([f"{where}: must be a JSON object, got {quote(value)}."])
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            entry
+            for parent in level
+            for entry in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(entry, dict | list)
+        ]
+    if level:
+        raise CheckpointError([f"{where}: not valid JSON: nested too deep."])
+    return value
+
+
+def open_regular(path: Path):
+    """
+    Opens a file for reading.
+
+    Raises:
+        `CheckpointError`: if it is not there, not a regular file or cannot be read.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError([f"{path.name}: must be a regular file."])
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError([f"{path.name}: cannot be read: {error.strerror}."]) from None
+
+
+def read_json(path: Path) -> dict:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError([f"{path.name}: must be at most {MAX_JSON_BYTES} bytes of JSON, got {size}."])
+        return parse_json(file.read(), path.name)
+
+
+def released_name(name: str) -> str:
+    """The released name of a tensor that may be called as the original remote code saved it."""
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name.removeprefix("model.") if name.startswith(("model.vision_model.", "model.vit_")) else name
+
+
+def read_header(path: Path) -> list[Tensor]:
+    """
+    The tensors of a safetensors file.
+
+    Raises:
+        `CheckpointError`: if the header is not what the format asks for, or does not fit the file: every byte of the
+        file belongs to one tensor.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError([f"{path.name}: truncated: the header ends behind the file's {size} bytes."])
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError([f"{path.name}: the header must be at most {MAX_JSON_BYTES} bytes, got {length}."])
+        header = parse_json(file.read(length), f"{path.name}: header")
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError([f"{path.name}: must hold at most {MAX_TENSORS} tensors, got {len(header)}."])
+    data, problems, tensors = 8 + length, [], []
+    for stored_name, entry in header.items():
+        where = f"{path.name}: {quote(stored_name)}"
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+            problems.append(f"{where}: must have a dtype, a shape and data_offsets, got {quote(entry)}.")
+            continue
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        lists_of_sizes = all(
+            isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+            for value in (shape, offsets)
+        )
+        if not lists_of_sizes or len(offsets) != 2 or offsets[0] > offsets[1]:
+            problems.append(f"{where}: impossible shape {quote(shape)} or data_offsets {quote(offsets)}.")
+            continue
+        width = {**WEIGHT_TYPES, **OTHER_TYPES}.get(dtype) if isinstance(dtype, str) else None
+        if width is None:
+            problems.append(f"{where}: unknown dtype {quote(dtype)}.")
+            continue
+        if math.prod(shape) * width != offsets[1] - offsets[0]:
+            problems.append(
+                f"{where}: {dtype} of shape {quote(shape)} takes {quote(math.prod(shape) * width)} bytes, got "
+                f"{offsets[1] - offsets[0]}."
+            )
+        name = released_name(stored_name)
+        tensors.append(Tensor(name, stored_name, path, dtype, tuple(shape), data + offsets[0], data + offsets[1]))
+    if problems:
+        raise CheckpointError(problems)
+    position = data
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
+        if tensor.start != position:
+            kind = "overlaps another tensor" if tensor.start < position else "leaves bytes before it to no tensor"
+            raise CheckpointError([f"{path.name}: {quote(tensor.stored_name)}: {kind}."])
+        position = tensor.end
+    if position != size:
+        state = "truncated" if position > size else "too long"
+        raise CheckpointError([f"{path.name}: {state}: the tensors end at byte {position}, the file at {size}."])
+    return tensors
+
+
+def locate(directory: Path, name: str) -> Path:
+    """
+    The file called `name` in `directory`.
+
+    Raises:
+        `CheckpointError`: if the name leads out of the directory, also by a link; links into the hub's cache are its
+        own.
+    """
+    if name != Path(name).name or "\\" in name or "\0" in name:
+        raise CheckpointError([f"{INDEX}: file names must stay in the directory, got {quote(name)}."])
+    path, home = directory / name, directory.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:  # not there, a circle of links, no name for a file
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError([f"{quote(name)[1:-1]}: cannot be read: {reason}."]) from None
+    in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
+    if target.parent != home and not in_cache:
+        raise CheckpointError([f"{name}: is a link that leaves the directory, to {quote(str(target))}."])
+    return path
+
+
+def locate_weights(directory: Path, name: str) -> Path:
+    """
+    The weight file called `name` in `directory`.
+
+    Raises:
+        `CheckpointError`: if it is not a safetensors file in the directory.
+    """
+    if name.endswith(PICKLES):
+        raise CheckpointError([f"{quote(name)[1:-1]}: {PICKLED}"])
+    path = locate(directory, name)
+    if not name.endswith(".safetensors"):
+        raise CheckpointError([f"{INDEX}: weights must be safetensors files, got {quote(name)}."])
+    return path
+
+
+def read_config(directory: Path) -> Step3VLConfig | Step3TextConfig:
+    """
+    The configuration in `directory`.
+
+    Raises:
+        `CheckpointError`: if it is not a valid one of Step3.
+    """
+    settings = read_json(locate(directory, "config.json"))
+    problems = []
+
+    def look(value: object, where: str) -> None:
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                look(entry, f"{where}.{key}" if where else key)
+        elif isinstance(value, list):
+            for entry in value:
+                look(entry, where)
+        elif type(value) in (int, float):
+            limit = MAX_LAYERS if where.endswith("num_hidden_layers") else MAX_SIZE
+            if not -limit <= value <= limit:
+                problems.append(f"config.json: `{quote(where)[1:-1]}` must be at most {limit}, got {quote(value)}.")
+
+    look(settings, "")
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
+        problems.append(f"config.json: `model_type` must be {' or '.join(CONFIG_CLASSES)}, got {quote(model_type)}.")
+    for name in ("text_config", "vision_config", "quantization_config"):
+        if not isinstance(settings.get(name), dict | None):
+            problems.append(f"config.json: `{name}` must be an object, got {quote(settings[name])}.")
+    if problems:
+        raise CheckpointError(problems)
+    try:
+        return CONFIG_CLASSES[model_type].from_dict(settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError([f"config.json: {text[:1000]}"]) from None
+
+
+def text_shapes(text: Step3TextConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the language model's tensors in the released layout."""
+    hidden, queries = text.hidden_size, text.num_attention_heads * text.head_dim
+    keys = text.num_attention_groups * text.head_dim
+
+    def gated(width: int, *experts: int) -> dict[str, tuple[int, ...]]:
+        inner = (*experts, width, hidden)
+        return {"gate_proj": inner, "up_proj": inner, "down_proj": (*experts, hidden, width)}
+
+    shapes = {"model.embed_tokens": (text.vocab_size, hidden)}
+    for i in range(text.num_hidden_layers):
+        parts = {
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+            "self_attn.q_proj": (text.share_q_dim, hidden),
+            "self_attn.inter_norm": (text.share_q_dim,),
+            "self_attn.wq": (queries, text.share_q_dim),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+        }
+        if i in text.moe_layers:
+            parts["moe.gate"] = (text.moe_num_experts, hidden)
+            mlps = {"moe": gated(text.moe_intermediate_size, text.moe_num_experts)}
+            mlps["share_expert"] = gated(text.share_expert_dim)
+        else:
+            mlps = {"mlp": gated(text.intermediate_size)}
+        parts |= {f"{mlp}.{name}": shape for mlp, weights in mlps.items() for name, shape in weights.items()}
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in parts.items()}
+    shapes |= {"model.norm": (hidden,), "lm_head": (text.vocab_size, hidden)}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def vision_shapes(config: Step3VLConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the vision tower's and the projector's tensors in the released layout."""
+    vision, hidden = config.vision_config, config.text_config.hidden_size
+    width, channels, inner = vision.hidden_size, vision.output_hidden_size, vision.intermediate_size
+    positions = (vision.image_size // vision.patch_size) ** 2 + 1
+    with_bias = {
+        "vision_model.embeddings.patch_embedding": (width, vision.num_channels, vision.patch_size, vision.patch_size),
+        "vit_downsampler": (channels, width, 2, 2),
+        "vit_downsampler2": (2 * channels, channels, 3, 3),
+    }
+    for i in range(vision.num_hidden_layers):
+        layer = f"vision_model.transformer.layers.{i}"
+        with_bias |= {
+            f"{layer}.self_attn.qkv_proj": (3 * width, width),
+            f"{layer}.self_attn.out_proj": (width, width),
+            f"{layer}.mlp.fc1": (inner, width),
+            f"{layer}.mlp.fc2": (width, inner),
+            f"{layer}.layer_norm1": (width,),
+            f"{layer}.layer_norm2": (width,),
+        }
+    shapes = {
+        "vision_model.embeddings.class_embedding": (1, width),
+        "vision_model.embeddings.position_embedding.weight": (positions, width),
+        "vit_large_projector.weight": (hidden, 2 * channels),
+    }
+    if config.projector_bias:
+        shapes["vit_large_projector.bias"] = (hidden,)
+    for name, shape in with_bias.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def expected_shapes(config: Step3VLConfig | Step3TextConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that a model of this config has on disk, the scales of fp8 weights apart."""
+    if isinstance(config, Step3TextConfig):
+        return text_shapes(config)
+    return text_shapes(config.text_config) | vision_shapes(config)
+
+
+def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of an fp8 weight, one for each block of its last two dimensions."""
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def weight_block(config: Step3VLConfig | Step3TextConfig) -> tuple[int, int] | None:
+    """
+    Rows and columns of the blocks that share a scale, or `None` if the config names no block-fp8.
+
+    Raises:
+        `CheckpointError`: if the config names another quantisation, or impossible blocks.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    block = settings.get("weight_block_size")
+    if settings.get("quant_method") != "fp8" or not (
+        isinstance(block, list) and len(block) == 2 and all(type(side) is int and side > 0 for side in block)
+    ):
+        message = "config.json: `quantization_config` must be fp8 with a `weight_block_size` of two sizes, got "
+        raise CheckpointError([message + quote(settings)])
+    return tuple(block)
+
+
+def compare(config: Step3VLConfig | Step3TextConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """What is wrong with `tensors` as those of a model of this config."""
+    problems = []
+    block = weight_block(config)
+    expected = expected_shapes(config)
+    unclaimed = dict(tensors)
+
+    def claim(name: str, shape: tuple[int, ...], types: dict[str, int]) -> Tensor | None:
+        tensor = unclaimed.pop(name, None)
+        if tensor is None:
+            problems.append(f"{name}: missing, expected shape {list(shape)}.")
+            return None
+        where = f"{tensor.path.name}: {tensor.stored_name}"
+        if tensor.shape != shape:
+            problems.append(f"{where}: expected shape {list(shape)}, found {quote(list(tensor.shape))}.")
+        if tensor.dtype not in types:
+            problems.append(f"{where}: expected one of {', '.join(types)}, found {tensor.dtype}.")
+        return tensor
+
+    tied = config.get_text_config().tie_word_embeddings
+    for name, shape in expected.items():
+        if tied and name == "lm_head.weight" and name not in tensors:
+            continue
+        tensor = claim(name, shape, WEIGHT_TYPES)
+        if tensor is not None and tensor.dtype == "F8_E4M3":
+            if block is None or len(shape) < 2:
+                problems.append(
+                    f"{tensor.path.name}: {tensor.stored_name}: fp8, but no block-fp8 weight by the config."
+                )
+            else:
+                claim(f"{name}_scale_inv", scale_shape(shape, block), {"F32": 4, "BF16": 2})
+    for name, tensor in unclaimed.items():
+        problems.append(f"{tensor.path.name}: {quote(name)}: not part of the model that config.json describes.")
+    return problems
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """
+    Reads and checks the checkpoint in `directory`.
+
+    Raises:
+        `CheckpointError`: with everything that is wrong, by file and tensor.
+    """
+    if not directory.is_dir():
+        raise CheckpointError([f"{directory}: is not a directory."])
+    problems, config, index, names = [], None, None, []
+    try:
+        config = read_config(directory)
+    except CheckpointError as error:
+        problems += error.problems
+    if (directory / INDEX).exists():
+        try:
+            index = read_json(locate(directory, INDEX)).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise CheckpointError([f"{INDEX}: must have a `weight_map` of names and files, got {quote(index)}."])
+            if len(index) > MAX_TENSORS:
+                raise CheckpointError([f"{INDEX}: must name at most {MAX_TENSORS} tensors, got {len(index)}."])
+            names = sorted({name if isinstance(name, str) else quote(name) for name in index.values()})
+        except CheckpointError as error:
+            problems += error.problems
+    elif (directory / WEIGHTS).exists():
+        names = [WEIGHTS]
+    else:
+        pickles = sorted(path.name for path in directory.iterdir() if path.name.endswith(PICKLES))
+        if pickles:
+            problems += [f"{name}: {PICKLED}" for name in pickles]
+        else:
+            problems.append(f"{directory}: holds neither {WEIGHTS} nor {INDEX}.")
+
+    tensors, unread = {}, False
+    for name in names:
+        try:
+            for tensor in read_header(locate_weights(directory, name)):
+                if index is not None and index.get(tensor.stored_name) != name:
+                    problems.append(f"{name}: {quote(tensor.stored_name)}: the index does not place it there.")
+                if tensor.name in tensors:
+                    first = tensors[tensor.name].path.name
+                    problems.append(f"{name}: {quote(tensor.stored_name)}: is in {first}, too.")
+                tensors[tensor.name] = tensor
+        except CheckpointError as error:
+            problems += error.problems
+            unread = True
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError([*problems, f"{directory}: must hold at most {MAX_TENSORS} tensors."])
+    if names:
+        extra = sorted(path.name for path in directory.glob("model*.safetensors") if path.name not in names)
+        problems += [f"{name}: is not named in the index." for name in extra]
+    stored_names = {tensor.stored_name for tensor in tensors.values()}
+    if index is not None and not unread:
+        missing = sorted(name for name in index if name not in stored_names)
+        problems += [f"{index[name]}: {quote(name)}: missing, the index places it there." for name in missing]
+    if config is not None and names and not unread:
+        try:
+            problems += compare(config, tensors)
+        except CheckpointError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(problems)
+    places = {name: place for place, name in enumerate(expected_shapes(config))}
+    names = sorted(tensors, key=lambda name: (places[name.removesuffix("_scale_inv")], name))
+    return Checkpoint(directory, config, {name: tensors[name] for name in names})

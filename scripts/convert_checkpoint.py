@@ -1,0 +1,616 @@
+"""Makes a directory that transformers, vLLM and SGLang load out of a Step3 checkpoint.
+
+python scripts/convert_checkpoint.py SOURCE TARGET
+python scripts/convert_checkpoint.py SOURCE TARGET --dtype bfloat16
+python scripts/convert_checkpoint.py SOURCE --check
+"""
+
+import argparse
+import copy
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from checkpoint_files import (
+    CODE_FILES,
+    INDEX,
+    ROOT,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    Step3TextConfig,
+    Step3VLConfig,
+    Tensor,
+    locate,
+    read_checkpoint,
+    read_json,
+    weight_block,
+)
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.serialization._base import parse_size_to_int
+from tqdm import tqdm
+
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+TORCH_NAMES = {stored: name for name, stored in DTYPES.items()} | {"F8_E4M3": "float8_e4m3fn"}
+# The bits of an exponent, all of which are set in an infinity or a NaN; fp8 has no infinity, and NaN has all bits set.
+NOT_FINITE = {
+    "F64": (np.uint64, 0x7FF0000000000000),
+    "F32": (np.uint32, 0x7F800000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F8_E4M3": (np.uint8, 0x7F),
+}
+# In the order that the safetensors library writes tensors of several types in.
+TYPE_ORDER = ("F64", "F32", "BF16", "F16", "F8_E4M3")
+# What goes with the weights, apart from the config, the code and the index. No file that could be code is among them.
+CARRIED_FILES = (
+    "README.md",
+    "LICENSE",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+PROCESSOR = {
+    "processor_class": "Step3VLProcessor",
+    "auto_map": {
+        "AutoProcessor": "processing_step3.Step3VLProcessor",
+        "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
+    },
+}
+PROCESSOR_FILES = {
+    "processor_config.json": PROCESSOR,
+    "preprocessor_config.json": {**PROCESSOR, "image_processor_type": "Step3VLImageProcessor"},
+}
+# Bytes that are read, converted and written at a time.
+CHUNK = 16 * 2**20
+MANIFEST = "SHA256SUMS"
+
+
+@dataclass(frozen=True)
+class Item:
+    """
+    A tensor to be written.
+
+    Args:
+        name: Its name in the target.
+        tensor: Where it comes from.
+        dtype: The type it is written in.
+        scale: The scales it is multiplied by, if it is dequantised.
+        block: Rows and columns that share one of them.
+    """
+
+    name: str
+    tensor: Tensor
+    dtype: str
+    scale: Tensor | None = None
+    block: tuple[int, int] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.tensor.shape) * (np.dtype(NOT_FINITE[self.dtype][0]).itemsize)
+
+    @property
+    def is_copied(self) -> bool:
+        return self.scale is None and self.dtype == self.tensor.dtype
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes to be written, a chunk at a time."""
+        with self.tensor.path.open("rb") as file:
+            if self.scale is not None:
+                yield from self._dequantised(file)
+                return
+            file.seek(self.tensor.start)
+            for start in range(0, self.tensor.num_bytes, CHUNK):
+                data = read_exactly(file, min(CHUNK, self.tensor.num_bytes - start))
+                yield data if self.is_copied else cast(data, self.tensor.dtype, self.dtype)
+
+    def _dequantised(self, file) -> Iterator[bytes]:
+        import torch
+
+        *experts, rows, columns = self.tensor.shape
+        height, width = self.block
+        with self.scale.path.open("rb") as scale_file:
+            scale_file.seek(self.scale.start)
+            scale = read_exactly(scale_file, self.scale.num_bytes)
+        scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
+        file.seek(self.tensor.start)
+        step = height * max(CHUNK // (4 * height * max(columns, 1)), 1)
+        for expert in range(math.prod(experts)):
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                weight = tensor_of(read_exactly(file, count * columns), self.tensor.dtype).view(count, columns)
+                blocks = scale[expert, row // height : -(-(row + count) // height)]
+                factors = blocks.repeat_interleave(height, 0)[:count].repeat_interleave(width, 1)[:, :columns]
+                yield bytes_of((weight.float() * factors).to(getattr(torch, TORCH_NAMES[self.dtype])))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: the config, and the items of every weight file; or the files to be linked."""
+
+    config: Step3VLConfig | Step3TextConfig
+    shards: dict[str, list[Item]]
+    linked: dict[str, Path]
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        return {item.name: name for name, items in self.shards.items() for item in items}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(item.num_bytes for items in self.shards.values() for item in items)
+
+
+def read_exactly(file, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise OSError(errno.EIO, f"{file.name} ended early: it was changed while it was read")
+    return data
+
+
+def tensor_of(data: bytes, dtype: str):
+    """A 1-D torch tensor of a type as safetensors calls it."""
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_NAMES[dtype]))
+
+
+def bytes_of(tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def cast(data: bytes, source: str, target: str) -> bytes:
+    import torch
+
+    return bytes_of(tensor_of(data, source).to(getattr(torch, TORCH_NAMES[target])))
+
+
+def header_of(items: list[Item]) -> bytes:
+    """A safetensors header as the library itself writes it, for items in the order that their bytes follow in."""
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    for item in items:
+        end = position + item.num_bytes
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def shard_chunks(items: list[Item]) -> Iterator[bytes]:
+    """All bytes of a weight file."""
+    yield header_of(items)
+    for item in items:
+        yield from item.chunks()
+
+
+def ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same chunks, the next of which is read and converted while one is written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
+
+
+def parse_size(text: str) -> str:
+    """A size such as `5GB`."""
+    try:
+        parse_size_to_int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like 5GB, got {text!r}") from None
+    return text
+
+
+def parse_layers(text: str) -> range:
+    """Layers such as `0-3`, both ends included."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+        raise argparse.ArgumentTypeError(f"must be like 0-3, got {text!r}")
+    return range(int(first), int(last or first) + 1)
+
+
+def select(checkpoint: Checkpoint, layers: range | None, text_only: bool) -> tuple[object, dict[str, Tensor]]:
+    """
+    The config and the tensors, under their new names, of the part of a model that is asked for.
+
+    Raises:
+        `CheckpointError`: if there are no such layers.
+    """
+    config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
+    if text_only and isinstance(config, Step3VLConfig):
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("vision_model.", "vit_"))}
+        quantization = getattr(config, "quantization_config", None)
+        config, dtype = config.text_config, config.dtype
+        config.dtype = config.dtype or dtype
+        if quantization is not None:
+            config.quantization_config = quantization
+    text = config.get_text_config()
+    if layers is not None:
+        if layers[-1] >= text.num_hidden_layers:
+            raise CheckpointError(
+                [f"--layers must lie between 0 and {text.num_hidden_layers - 1}, got {layers[0]}-{layers[-1]}."]
+            )
+        moe_layers = [layers.index(layer) for layer in text.moe_layers if layer in layers]
+        text.use_moe = bool(moe_layers)
+        text.moe_layers_enum = ",".join(map(str, moe_layers)) or "-1"
+        text.num_hidden_layers = len(layers)
+        chosen = {}
+        for name, tensor in tensors.items():
+            if name.startswith("model.layers."):
+                _, _, layer, rest = name.split(".", 3)
+                if int(layer) not in layers:
+                    continue
+                name = f"model.layers.{layers.index(int(layer))}.{rest}"
+            chosen[name] = tensor
+        tensors = chosen
+    config.auto_map = None
+    kind = "Step3VLForConditionalGeneration" if isinstance(config, Step3VLConfig) else "Step3TextForCausalLM"
+    config.architectures = [kind]
+    return config, tensors
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    to_single: bool = False,
+    layers: range | None = None,
+    text_only: bool = False,
+) -> Plan:
+    config, tensors = select(checkpoint, layers, text_only)
+    text_only = text_only and isinstance(checkpoint.config, Step3VLConfig)
+    if not (dtype or max_shard_size or to_single or layers or text_only or checkpoint.has_original_names):
+        return Plan(config, {}, {path.name: path for path in checkpoint.paths})
+    target = DTYPES[dtype] if dtype else None
+    block = weight_block(checkpoint.config)
+    items = []
+    for name, tensor in tensors.items():
+        if target and name.endswith("_scale_inv"):
+            continue
+        if target and tensor.dtype == "F8_E4M3":
+            items.append(Item(name, tensor, target, tensors[f"{name}_scale_inv"], block))
+        else:
+            items.append(Item(name, tensor, target or tensor.dtype))
+    if dtype:
+        config.dtype = dtype
+        for part in (config, config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)
+        if isinstance(config, Step3VLConfig):
+            config.text_config.dtype = config.vision_config.dtype = dtype
+    split = split_state_dict_into_shards_factory(
+        {item.name: item for item in items},
+        get_storage_size=lambda item: item.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=sum(item.num_bytes for item in items) + 1 if to_single else max_shard_size or "5GB",
+    )
+    by_name = {item.name: item for item in items}
+    shards = {
+        file: sorted((by_name[name] for name in names), key=lambda item: (TYPE_ORDER.index(item.dtype), item.name))
+        for file, names in split.filename_to_tensors.items()
+    }
+    return Plan(config, shards, {})
+
+
+def check_finite(checkpoint: Checkpoint) -> list[str]:
+    """The tensors that hold a NaN or an infinity."""
+    problems = []
+    with progress_bar(checkpoint.num_bytes, "Checking") as progress:
+        for tensor in checkpoint.tensors.values():
+            kind, exponent = NOT_FINITE[tensor.dtype]
+            bad = 0
+            for chunk in Item(tensor.name, tensor, tensor.dtype).chunks():
+                bits = np.frombuffer(chunk, kind)
+                bad += int(np.count_nonzero((bits & kind(exponent)) == kind(exponent)))
+                progress.update(len(chunk))
+            if bad:
+                problems.append(f"{tensor.path.name}: {tensor.stored_name}: {bad} values are NaN or infinite.")
+    return problems
+
+
+def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
+    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+
+
+def unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+def write(path: Path, chunks: Iterator[bytes], progress: tqdm) -> None:
+    """Writes what `settle` puts at `path`."""
+    with unfinished(path).open("wb", buffering=0) as file:
+        for chunk in chunks:
+            view = memoryview(chunk)
+            while view:
+                view = view[file.write(view) :]
+            progress.update(len(chunk))
+
+
+def settle(path: Path) -> None:
+    """Puts a written file in place, whole even if the power is cut."""
+    sync(unfinished(path))
+    unfinished(path).rename(path)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, iter([text.encode()]), tqdm(disable=True))
+    settle(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def link(source: Path, target: Path, how: str) -> None:
+    """Puts a file in place without copying it, if the file systems allow."""
+    source = source.resolve()
+    if target.exists():
+        return
+    if how == "symlink":
+        target.symlink_to(source)
+        return
+    if how == "hardlink":
+        try:
+            target.hardlink_to(source)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+    with source.open("rb") as file, progress_bar(source.stat().st_size, target.name) as progress:
+        write(target, ahead(iter(lambda: file.read(CHUNK) or None, None)), progress)
+    settle(target)
+
+
+def carry_files(source: Path, target: Path, has_vision: bool) -> None:
+    """The tokenizer's, the processor's and the other small files, without any reference to code but the package's."""
+    for name in CARRIED_FILES:
+        if not (source / name).exists():
+            continue
+        path = locate(source, name)
+        if name.endswith("_config.json"):
+            settings = read_json(path)
+            settings.pop("auto_map", None)
+            if name in PROCESSOR_FILES:
+                settings |= PROCESSOR_FILES[name]
+            write_json(target / name, settings)
+        else:
+            shutil.copyfile(path, target / name)
+    name = "processor_config.json"
+    if has_vision and not (target / name).exists():
+        write_json(target / name, PROCESSOR_FILES[name])
+    for name in CODE_FILES:
+        shutil.copyfile(ROOT / name, target / name)
+
+
+def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
+    """What a run must have in common with the unfinished one that it goes on with."""
+    files = {}
+    for path in [checkpoint.directory / "config.json", *checkpoint.paths]:
+        status = path.stat()
+        files[path.name] = [status.st_size, status.st_mtime_ns]
+    return {"source": str(checkpoint.directory.resolve()), "files": files, "options": options}
+
+
+def check_room(checkpoint: Checkpoint, plan: Plan, target: Path, how: str) -> None:
+    """
+    Raises:
+        `CheckpointError`: if what is yet to be written does not fit on the disk.
+    """
+    parent = next(path for path in target.absolute().parents if path.exists())
+    sizes = {name: sum(item.num_bytes for item in items) for name, items in plan.shards.items()}
+    for name, path in plan.linked.items():
+        status = path.stat()
+        if how == "copy" or (how == "hardlink" and status.st_dev != parent.stat().st_dev):
+            sizes[name] = status.st_size
+    needed = sum(size for name, size in sizes.items() if not (partial_of(target) / "package" / name).exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError([f"{target}: {needed} bytes are to be written, and {free} are free."])
+
+
+def partial_of(target: Path) -> Path:
+    """Where a run is until its target is whole."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
+    """
+    Writes `plan` to `target`, which is there whole or not at all: until then the run is in `TARGET.partial`, from which
+    the same call goes on.
+
+    Raises:
+        `CheckpointError`: if `target` exists or another run is under way or unfinished.
+    """
+    partial = partial_of(target)
+    package = partial / "package"
+    mark = fingerprint(checkpoint, options)
+    if target.exists() and not partial.exists():
+        raise CheckpointError([f"{target} exists already; choose another place or remove it."])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError([f"another run is writing {target}."]) from None
+        if (partial / "run.json").exists():
+            if read_json(partial / "run.json") != mark:
+                text = "an unfinished run of another source or with other options; repeat that one, or remove it."
+                raise CheckpointError([f"{partial} is {text}"])
+        elif target.exists():
+            raise CheckpointError([f"{target} exists already; choose another place or remove it."])
+        else:
+            write_json(partial / "run.json", mark)
+        if not target.exists():  # else the run was stopped while it tidied up
+            package.mkdir(exist_ok=True)
+            write_package(checkpoint, plan, package, how, verify)
+            package.rename(target)
+            sync(target.parent)
+        shutil.rmtree(partial)
+
+
+def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, verify: bool) -> None:
+    """Writes what is not in `package` yet."""
+    for name, path in plan.linked.items():
+        link(path, package / name, how)
+    missing = {name: items for name, items in plan.shards.items() if not (package / name).exists()}
+    to_write = sum(item.num_bytes for items in missing.values() for item in items)
+    with (
+        progress_bar(plan.num_bytes, "Writing", initial=plan.num_bytes - to_write) as progress,
+        ThreadPoolExecutor(1) as settler,
+    ):
+        settled = []
+        for name, items in missing.items():
+            write(package / name, ahead(shard_chunks(items)), progress)
+            settled.append(settler.submit(settle, package / name))
+        for future in settled:
+            future.result()
+    weight_map = plan.weight_map or {name: tensor.path.name for name, tensor in checkpoint.tensors.items()}
+    if set(weight_map.values()) != {WEIGHTS}:
+        metadata = {"total_size": plan.num_bytes or checkpoint.num_bytes}
+        write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
+    plan.config.save_pretrained(package)
+    if verify:
+        write_manifest(checkpoint, plan, package)
+    for path in [*package.iterdir(), package]:
+        sync(path)
+
+
+def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
+    """
+    Reads back every weight file, compares it with the source and writes its SHA-256 down, as `sha256sum -c` reads it.
+
+    Raises:
+        `CheckpointError`: if a tensor is not what it should be.
+    """
+    lines, problems = [], []
+    total = plan.num_bytes or checkpoint.num_bytes
+    with progress_bar(total, "Verifying") as progress:
+        for name in sorted(plan.shards or plan.linked):
+            digest = hashlib.sha256()
+            with (package / name).open("rb") as file:
+                if name in plan.shards:
+                    header = header_of(plan.shards[name])
+                    parts = [("header", iter([header]))] + [(item.name, item.chunks()) for item in plan.shards[name]]
+                else:
+                    source = plan.linked[name].open("rb")
+                    parts = [(name, iter(lambda source=source: source.read(CHUNK) or None, None))]
+                for part, chunks in parts:
+                    for chunk in ahead(chunks):
+                        written = file.read(len(chunk))
+                        digest.update(written)
+                        progress.update(len(chunk))
+                        if written != chunk:
+                            problems.append(f"{name}: {part}: was not written as it should be.")
+                if file.read(1):
+                    problems.append(f"{name}: is longer than it should be.")
+            lines.append(f"{digest.hexdigest()}  {name}\n")
+    if problems:
+        raise CheckpointError(sorted(set(problems)))
+    write_text(package / MANIFEST, "".join(lines))
+
+
+def resolve(source: str) -> Path:
+    """
+    The directory of a checkpoint, downloaded if it is on the hub.
+
+    Raises:
+        `CheckpointError`: if there is no such directory and no such repository.
+    """
+    path = Path(source)
+    if path.exists() or source.count("/") != 1:
+        return path
+    try:
+        return Path(snapshot_download(source, allow_patterns=["config.json", INDEX, "*.safetensors", *CARRIED_FILES]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError([f"{source}: no directory here, and not to be had from the hub: {reason}"]) from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n", 1)[0],
+        epilog="Without any of the rewriting options the weights are linked, which takes seconds for any size. A run "
+        "that was interrupted goes on when it is repeated.",
+    )
+    parser.add_argument("source", help="directory or hub id of the checkpoint")
+    parser.add_argument("target", type=Path, nargs="?", help="directory to be made; must not exist yet")
+    parser.add_argument("--check", action="store_true", help="only check the source, and list everything wrong with it")
+    parser.add_argument("--check-finite", action="store_true", help="also look for NaN and infinite weights")
+    parser.add_argument("--verify", action="store_true", help=f"read back and compare; write {MANIFEST}")
+    placing = parser.add_argument_group("linking").add_mutually_exclusive_group()
+    placing.add_argument("--symlink", dest="how", action="store_const", const="symlink", help="by symbolic links")
+    placing.add_argument("--copy", dest="how", action="store_const", const="copy", help="copy instead")
+    rewriting = parser.add_argument_group("rewriting")
+    rewriting.add_argument("--dtype", choices=list(DTYPES), help="type of all weights; fp8 is dequantised")
+    rewriting.add_argument(
+        "--max-shard-size", type=parse_size, metavar="SIZE", help="such as 5GB (the default when rewriting)"
+    )
+    rewriting.add_argument("--to-single", action="store_true", help=f"one file, {WEIGHTS}")
+    rewriting.add_argument("--layers", type=parse_layers, metavar="A-B", help="only these layers, renumbered from 0")
+    rewriting.add_argument("--text-only", action="store_true", help="the language model, Step3TextForCausalLM")
+    arguments = parser.parse_args(arguments)
+    if arguments.target is None and not arguments.check:
+        parser.error("give a TARGET, or --check")
+    if arguments.to_single and arguments.max_shard_size:
+        parser.error("--to-single and --max-shard-size contradict each other")
+    layers, how = arguments.layers, arguments.how or "hardlink"
+    options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "to_single", "text_only")}
+    try:
+        checkpoint = read_checkpoint(resolve(arguments.source))
+        plan = make_plan(checkpoint, **options, layers=layers)
+        if arguments.check_finite and (problems := check_finite(checkpoint)):
+            raise CheckpointError(problems)
+        if arguments.target is not None:
+            check_room(checkpoint, plan, arguments.target, how)
+        if not arguments.check:
+            options |= {"layers": [layers[0], layers[-1]] if layers else None, "how": how}
+            convert(checkpoint, plan, arguments.target, options, how, arguments.verify)
+    except CheckpointError as error:
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.filename or arguments.target}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+    gigabytes = (plan.num_bytes or checkpoint.num_bytes) / 1e9
+    verdict = "nothing wrong" if arguments.check else arguments.target
+    print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {verdict}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

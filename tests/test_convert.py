@@ -1,0 +1,385 @@
+"""`scripts/convert_checkpoint.py`, by its command line."""
+
+import fcntl
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import convert_checkpoint
+import pytest
+import torch
+from conftest import ROOT, dequantised, make_fp8_checkpoint, run
+from make_random_model import make_random_model
+from safetensors.torch import load_file, save_file
+from test_saving import assert_same_tensors
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from step3_vl import Step3TextForCausalLM, Step3VLConfig
+
+
+def convert(*arguments) -> SimpleNamespace:
+    """The script's command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        returncode = convert_checkpoint.main(list(map(str, arguments)))
+    return SimpleNamespace(returncode=returncode, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def converted(*arguments) -> Path:
+    result = convert(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert not list(Path(arguments[1]).parent.glob("*.partial"))
+    return Path(arguments[1])
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def logits(directory: Path, auto=AutoModelForImageTextToText) -> torch.Tensor:
+    model = auto.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(20)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A checkpoint in bfloat16, in several files."""
+    folder = tmp_path_factory.mktemp("released")
+    assert run("make_random_model.py", folder / "whole", "--dtype", "bfloat16").returncode == 0
+    model = AutoModelForImageTextToText.from_pretrained(folder / "whole")
+    AutoProcessor.from_pretrained(folder / "whole").save_pretrained(folder / "source")
+    model.save_pretrained(folder / "source", max_shard_size="200KB")
+    assert len(list((folder / "source").glob("*.safetensors"))) > 2
+    (folder / "source" / "notes.py").write_text("raise SystemExit('code of the source was run')")
+    return folder / "source"
+
+
+@pytest.fixture
+def copied(source, tmp_path) -> Path:
+    return Path(shutil.copytree(source, tmp_path / "copied"))
+
+
+@pytest.fixture(scope="module")
+def fp8_source(tmp_path_factory) -> Path:
+    return make_fp8_checkpoint(tmp_path_factory.mktemp("fp8") / "source")
+
+
+@pytest.mark.parametrize("how", [[], ["--symlink"], ["--copy"]])
+def test_adopt(source, tmp_path, how):
+    target = converted(source, tmp_path / "target", *how)
+    for path in source.glob("*.safetensors"):
+        adopted = target / path.name
+        assert adopted.read_bytes() == path.read_bytes()
+        assert adopted.samefile(path) == (how != ["--copy"]) and adopted.is_symlink() == (how == ["--symlink"])
+    assert not (target / "notes.py").exists()
+    code = "import sys; from transformers import AutoModelForImageTextToText as A, AutoProcessor as P; "
+    code += "o = {'trust_remote_code': True}; A.from_pretrained(sys.argv[1], **o); P.from_pretrained(sys.argv[1], **o)"
+    assert subprocess.run([sys.executable, "-c", code, target], cwd=tmp_path).returncode == 0
+
+
+def test_a_processor_comes_along_where_none_is_described(copied, tmp_path):
+    for name in ("processor_config.json", "chat_template.jinja"):
+        (copied / name).unlink()
+    processor = AutoProcessor.from_pretrained(converted(copied, tmp_path / "target"))
+    assert processor.image_processor.patch_size == 504 and processor.chat_template
+
+
+def test_another_sharding_and_back(source, tmp_path):
+    many = converted(source, tmp_path / "many", "--max-shard-size", "100KB", "--verify")
+    assert len(list(many.glob("*.safetensors"))) > len(list(source.glob("*.safetensors")))
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=many).returncode == 0
+    single = converted(many, tmp_path / "single", "--to-single")
+    assert_same_tensors(load_file(single / "model.safetensors"), weights(source))
+    assert (single / "model.safetensors").read_bytes() == (source.parent / "whole" / "model.safetensors").read_bytes()
+    assert not (single / "model.safetensors.index.json").exists()
+    again = converted(single, tmp_path / "again", "--max-shard-size", "100KB", "--verify")
+    assert {path.name for path in again.iterdir()} == {path.name for path in many.iterdir()}
+    for path in many.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_another_type(source, tmp_path):
+    wide = converted(source, tmp_path / "wide", "--dtype", "float32")
+    assert_same_tensors(weights(wide), {name: tensor.float() for name, tensor in weights(source).items()})
+    back = converted(wide, tmp_path / "back", "--dtype", "bfloat16")
+    assert_same_tensors(weights(back), weights(source))
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(logits(wide), logits(source))
+
+
+def test_original_names_become_released_ones(source, tmp_path):
+    whole = source.parent / "whole"
+    old = Path(shutil.copytree(whole, tmp_path / "old"))
+    renamed = {}
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        if name.startswith(("vision_model.", "vit_")):
+            name = f"model.{name}"
+        elif name.startswith("model."):
+            name = name.replace("model.", "model.language_model.", 1)
+        renamed[name] = tensor
+    save_file(renamed, old / "model.safetensors", metadata={"format": "pt"})
+    target = converted(old, tmp_path / "target")
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_fp8(fp8_source, tmp_path):
+    adopted = converted(fp8_source, tmp_path / "adopted")
+    assert_same_tensors(weights(adopted), weights(fp8_source))
+    assert Step3VLConfig.from_pretrained(adopted).quantization_config["quant_method"] == "fp8"
+    for dtype in ("bfloat16", "float32"):
+        plain = converted(fp8_source, tmp_path / dtype, "--dtype", dtype, "--max-shard-size", "300KB", "--verify")
+        assert not hasattr(Step3VLConfig.from_pretrained(plain), "quantization_config")
+        assert_same_tensors(weights(plain), dequantised(fp8_source, getattr(torch, dtype)))
+        assert convert(plain, "--check").returncode == 0
+    text = converted(fp8_source, tmp_path / "text", "--text-only", "--dtype", "bfloat16")
+    assert set(weights(text)) < set(weights(plain)) and convert(text, "--check").returncode == 0
+
+
+def test_some_layers(source, tmp_path):
+    target = converted(source, tmp_path / "target", "--layers", "1-2")
+    config = Step3VLConfig.from_pretrained(target)
+    assert config.text_config.num_hidden_layers == 2 and config.text_config.moe_layers == [0, 1]
+    assert torch.equal(
+        weights(target)["model.layers.0.moe.gate.weight"], weights(source)["model.layers.1.moe.gate.weight"]
+    )
+    logits(target)
+    dense = converted(source, tmp_path / "dense", "--layers", "0-0")
+    assert Step3VLConfig.from_pretrained(dense).text_config.moe_layers == []
+    logits(dense)
+    result = convert(source, tmp_path / "none", "--layers", "1-3")
+    assert result.returncode == 1 and "between 0 and 2" in result.stderr
+
+
+def test_layers_without_experts(tmp_path):
+    make_random_model(tmp_path / "model", ['text_config.moe_layers_enum="2"'])
+    target = converted(tmp_path / "model", tmp_path / "target", "--layers", "0-1")
+    text = json.loads((target / "config.json").read_text())["text_config"]
+    assert not {0, 1} & {int(i) for i in text["moe_layers_enum"].strip().split(",")}  # as the serving engines read it
+    model = AutoModelForImageTextToText.from_pretrained(target)
+    assert not any("moe" in name for name in model.state_dict())
+    ids = torch.arange(20)[None]
+    assert model(ids, labels=ids, output_router_logits=True).loss.isfinite()
+
+
+def test_text_only(source, tmp_path):
+    target = converted(source, tmp_path / "target", "--text-only")
+    assert not any(name.startswith("vi") for name in weights(target))
+    assert type(AutoModelForCausalLM.from_pretrained(target)) is Step3TextForCausalLM
+    assert torch.equal(logits(target, AutoModelForCausalLM), logits(source))
+    assert convert(target, "--check").returncode == 0
+
+
+def test_everything_wrong_is_listed_before_anything_is_written(copied, tmp_path):
+    path = copied / "model-00001-of-00004.safetensors"
+    path = path if path.exists() else sorted(copied.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    index = json.loads((copied / "model.safetensors.index.json").read_text())
+    missing, flat, foreign = list(tensors)[:3]
+    del tensors[missing], index["weight_map"][missing]
+    tensors[flat] = tensors[flat].flatten()[:-1]
+    tensors[foreign] = tensors[foreign].int()
+    tensors["surplus.weight"] = torch.ones(2)
+    index["weight_map"]["surplus.weight"] = path.name
+    save_file(tensors, path)
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    for arguments in ([copied, "--check"], [copied, tmp_path / "target"]):
+        result = convert(*arguments)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        lines = result.stderr.splitlines()
+        assert len(lines) == 4, result.stderr
+        for name, complaint in [
+            (missing, "missing"),
+            (flat, "expected shape"),
+            (foreign, "found I32"),
+            ("surplus", "not part"),
+        ]:
+            assert [line for line in lines if name in line and complaint in line], (name, result.stderr)
+    assert not (tmp_path / "target").exists() and not (tmp_path / "target.partial").exists()
+
+
+def test_values_that_are_not_finite(copied):
+    path = sorted(copied.glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    tensors[name].view(-1)[3] = float("nan")
+    tensors[name].view(-1)[4] = -float("inf")
+    save_file(tensors, path)
+    assert convert(copied, "--check").returncode == 0
+    result = convert(copied, "--check", "--check-finite")
+    assert result.returncode == 1 and f"{path.name}: {name}: 2 values are NaN or infinite" in result.stderr
+
+
+def set_header(path: Path, change) -> None:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = change(header) or json.dumps(header)
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
+
+
+def edit_index(directory: Path, change) -> None:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def first_file(directory: Path) -> Path:
+    return sorted(directory.glob("*.safetensors"))[0]
+
+
+def leave_by_a_link(directory: Path) -> None:
+    outside = directory.parent / "outside.safetensors"
+    shutil.move(first_file(directory), outside)
+    (directory / "model-00001-of-00004.safetensors").unlink(missing_ok=True)
+    name = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values()
+    (directory / sorted(set(name))[0]).symlink_to(outside)
+
+
+def overlap(header: dict) -> None:
+    first, second = [entry for name, entry in header.items() if name != "__metadata__"][:2]
+    size = second["data_offsets"][1] - second["data_offsets"][0]
+    second["data_offsets"] = [first["data_offsets"][0], first["data_offsets"][0] + size]
+
+
+def lie(header: dict) -> None:
+    entry = next(entry for name, entry in header.items() if name != "__metadata__")
+    entry["shape"] = [10**12, *entry["shape"]]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "../evil.safetensors"})),
+            "must stay in the directory",
+        ),
+        (lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "pytorch_model.bin"})), "pickled weights"),
+        (leave_by_a_link, "a link that leaves the directory"),
+        (lambda d: [path.rename(path.with_suffix(".bin")) for path in d.glob("model*")], "pickled weights"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "truncated"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "too long"),
+        (lambda d: first_file(d).write_bytes((2**40).to_bytes(8, "little") + b"{}"), "the header ends behind"),
+        (lambda d: set_header(first_file(d), overlap), "overlaps another"),
+        (lambda d: set_header(first_file(d), lie), "takes"),
+        (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ', "__metadata__": {}}'), "is there twice"),
+        (lambda d: (d / "config.json").write_text("[" * 10**5), "nested too deep"),
+        (lambda d: (d / "config.json").write_text(" " * 2**25), "at most"),
+        (
+            lambda d: (d / "config.json").write_text(
+                (d / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000')
+            ),
+            "`text_config.num_hidden_layers` must be at most 1000",
+        ),
+    ],
+)
+def test_unsafe_input_is_refused(copied, spoil, message):
+    spoil(copied)
+    result = convert(copied, "--check")
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_killed_runs_go_on(source, tmp_path):
+    options = ["--max-shard-size", "20KB", "--dtype", "float32"]
+    undisturbed = converted(source, tmp_path / "undisturbed", *options)
+    command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", source, tmp_path / "target", *options]
+    choose, kills = random.Random(0), 0
+    for _ in range(6):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / "target.partial" / "package").exists():
+            time.sleep(0.002)
+        time.sleep(choose.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() != 0
+        if (tmp_path / "target").exists():
+            break
+        assert (tmp_path / "target.partial" / "run.json").exists() or not (
+            tmp_path / "target.partial" / "package"
+        ).exists()
+    assert kills
+    if not (tmp_path / "target").exists():
+        converted(source, tmp_path / "target", *options)
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {path.name for path in (tmp_path / "target").iterdir()}
+    for name in names:
+        assert (tmp_path / "target" / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+def test_finished_shards_are_kept_and_other_runs_refused(source, tmp_path, monkeypatch):
+    options = ["--max-shard-size", "100KB"]
+    whole = converted(source, tmp_path / "whole", *options)
+    result = convert(source, whole, *options)
+    assert result.returncode == 1 and "exists already" in result.stderr
+    target, partial = tmp_path / "target", tmp_path / "target.partial"
+
+    def stop_at_second_shard(path, *rest):
+        if "-00002-" in path.name:
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    write = convert_checkpoint.write
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_checkpoint, "write", stop_at_second_shard)
+        result = convert(source, target, *options)
+    assert result.returncode == 130 and "the same command goes on" in result.stderr and not target.exists()
+    first = first_file(whole).name
+    inode = os.stat(partial / "package" / first).st_ino
+    result = convert(source, target, "--max-shard-size", "50KB")
+    assert result.returncode == 1 and "with other options" in result.stderr
+    with open(partial / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = convert(source, target, *options)
+        assert result.returncode == 1 and "another run is writing" in result.stderr
+
+    def die(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # the target is whole, but not all is tidied up
+        patch.setattr(convert_checkpoint.shutil, "rmtree", die)
+        assert convert(source, target, *options).returncode == 130
+    assert target.exists() and partial.exists()
+    converted(source, target, *options)
+    assert os.stat(target / first).st_ino == inode
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    for options in (["--dtype", "float32"], ["--copy"]):
+        result = convert(source, tmp_path / "target", *options)
+        assert result.returncode == 1 and "1000 are free" in result.stderr and not list(tmp_path.iterdir())
+    converted(source, tmp_path / "target")
+
+
+def test_mutated_files_are_refused_or_read(source, tmp_path):
+    """Bytes changed, cut or repeated anywhere in the headers, the index or the config; the clean copy is all right."""
+    choose, refused = random.Random(0), 0
+    for number in range(150):
+        copied = tmp_path / str(number)
+        copied.mkdir()
+        for path in source.iterdir():
+            (copied / path.name).hardlink_to(path)
+        name = choose.choice(["config.json", "model.safetensors.index.json", first_file(source).name])
+        data = bytearray((source / name).read_bytes())
+        for _ in range(choose.choice([1, 1, 5])):
+            start = choose.randrange(min(len(data), 4000))
+            if choose.random() < 0.5:
+                data[start] = choose.randrange(256)
+            else:
+                data[start : start + choose.randrange(50)] = bytes(data[: choose.randrange(50)])
+        (copied / name).unlink()
+        (copied / name).write_bytes(data)
+        result = convert(copied, "--check")
+        assert result.returncode in (0, 1)
+        refused += result.returncode
+        assert (result.returncode == 1) == bool(result.stderr)
+    assert refused > 100
