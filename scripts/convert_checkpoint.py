@@ -331,7 +331,7 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
 
 
 def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
-    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, unit_divisor=1024)
+    return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, disable=not total)
 
 
 def unfinished(path: Path) -> Path:

@@ -24,10 +24,10 @@ logging.disable_progress_bar()
 IMAGE_TOKEN = 7
 
 
-def run(script: str, *arguments) -> subprocess.CompletedProcess:
+def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
     """Runs one of the scripts as from a shell."""
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:
