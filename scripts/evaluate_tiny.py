@@ -1,6 +1,6 @@
 """Asks a model about freshly drawn scenes, and prints how many answers are exactly right.
 
-python scripts/evaluate_tiny.py DIRECTORY --seed 1234
+python scripts/evaluate_tiny.py --seed 1234
 python scripts/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
 """
 
@@ -10,6 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from describe import TINY
 from draw_scene import LAYOUTS, Scene, draw_scene, save_png
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -110,7 +111,9 @@ def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument(
+        "model", nargs="?", default=TINY, help="directory or hub id (default: the model that comes along)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="first seed of the scenes (default: 0)")
     parser.add_argument(
         "--scenes", type=int, default=300, help="how many to draw, a third of each layout (default: 300)"

@@ -3,4 +3,4 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 python -m pip install --quiet --constraint scripts/constraints.txt '.[test]'
-python -m pytest "$@"
+python -m pytest --numprocesses auto --dist worksteal "$@"

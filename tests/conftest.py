@@ -7,6 +7,8 @@ from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything the tests load is on disk
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the processors
+    os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // int(workers), 1))
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 

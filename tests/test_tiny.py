@@ -1,12 +1,48 @@
-"""The scripts that draw scenes and train a small model on them."""
+"""step3-tiny, the small trained checkpoint, and the scripts that draw its scenes, train it and question it."""
 
 import itertools
+import json
+import re
 import shutil
+from dataclasses import replace
 
 import draw_scene
 import numpy as np
-from conftest import run
+import pytest
+import torch
+from conftest import ROOT, run
+from describe import TINY
+from evaluate_tiny import accuracies, answer_scenes, fresh_scenes
+from PIL import Image
 from safetensors.torch import load_file
+from test_saving import released_name_shapes
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from step3_vl import Step3VLConfig
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return AutoModelForImageTextToText.from_pretrained(TINY)
+
+
+def one_question_each(scenes):
+    """The scenes, with every kind of question by turns."""
+    chosen = []
+    for i, scene in enumerate(scenes):
+        kinds = list(scene.questions)
+        kind = kinds[i // 3 % len(kinds)]
+        chosen.append(replace(scene, questions={kind: scene.questions[kind]}))
+    return chosen
+
+
+def texts(answers):
+    return [answer.answer for answer in answers]
 
 
 def test_a_scene_is_what_is_said_of_it():
@@ -31,6 +67,138 @@ def test_a_scene_is_what_is_said_of_it():
         assert [answer.find(part) for part in described] == sorted(answer.find(part) for part in described)
         assert answer.count(" a ") == len(described) and all(part in answer for part in described)
         assert scene.questions["count"][1] == ("One.", "Two.", "Three.")[len(seen) - 1]
+
+
+@pytest.mark.parametrize("layout", ["wide", "tall"])
+def test_stripes_are_seen_in_patches_alone(layout, processor, monkeypatch):
+    def views():
+        images = [draw_scene.draw_scene(seed, layout).image for seed in range(10)]
+        inputs = processor.image_processor(images, return_tensors="pt")
+        assert inputs["num_patches"].tolist() == [3] * 10
+        return inputs["pixel_values"], inputs["patch_pixel_values"]
+
+    view, patches = views()
+    monkeypatch.setattr(draw_scene, "STRIPES", 0)
+    plain_view, plain_patches = views()
+    assert (view - plain_view).abs().mean() < 0.05 * (patches - plain_patches).abs().mean()
+
+
+def test_the_checkpoint_is_whole():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert {path.name for path in files} >= {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+    }
+    for name in ("configuration_step3.py", "modeling_step3.py", "processing_step3.py"):
+        assert (TINY / name).read_bytes() == (ROOT / name).read_bytes(), f"copy {name} to {TINY}"
+    config = json.loads((TINY / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForImageTextToText"] == "modeling_step3.Step3VLForConditionalGeneration"
+    assert config["text_config"]["moe_layers_enum"] == "1,2,3" and config["text_config"]["moe_num_experts"] == 8
+    weights = load_file(TINY / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert shapes == released_name_shapes(Step3VLConfig.from_pretrained(TINY))
+
+
+def test_answers(tiny, processor):
+    answers = answer_scenes(tiny, processor, one_question_each(fresh_scenes(seed=1, count=100)))
+    wrong = [answer for answer in answers if not answer.is_right]
+    assert len(wrong) <= 5, [(answer.question, answer.truth, answer.answer) for answer in wrong]
+
+
+@pytest.mark.parametrize(
+    "loading, asking",
+    [
+        ({"attn_implementation": "eager"}, {}),
+        ({"experts_implementation": "eager"}, {"batch_size": 1}),
+        ({"experts_implementation": "batched_mm"}, {"cache_implementation": "static", "disable_compile": True}),
+        ({}, {"num_beams": 3}),
+        ({}, {"num_beams": 2, "batch_size": 1, "cache_implementation": "static", "disable_compile": True}),
+    ],
+)
+def test_answers_by_every_way_are_the_same(tiny, processor, loading, asking):
+    scenes = one_question_each(fresh_scenes(seed=2, count=36))
+    expected = answer_scenes(tiny, processor, scenes)
+    model = AutoModelForImageTextToText.from_pretrained(TINY, **loading)
+    assert texts(answer_scenes(model, processor, scenes, **asking)) == texts(expected)
+
+
+def test_compiled_answers_are_the_same(tiny, processor):
+    scenes = one_question_each(fresh_scenes(seed=3, count=12))
+    expected = answer_scenes(tiny, processor, scenes)
+    model = AutoModelForImageTextToText.from_pretrained(TINY)
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    answers = answer_scenes(model, processor, scenes, cache_implementation="static", disable_compile=True)
+    assert texts(answers) == texts(expected)
+
+
+def test_small_content_needs_patches(tiny, processor):
+    scenes = [scene for scene in fresh_scenes(seed=4, count=120) if "stripes" in scene.questions]
+    scenes = [replace(scene, questions={"stripes": scene.questions["stripes"]}) for scene in scenes]
+    assert accuracies(answer_scenes(tiny, processor, scenes))["stripes"]["all"] >= 0.95
+    assert accuracies(answer_scenes(tiny, processor, scenes, with_patches=False))["stripes"]["all"] <= 0.75
+
+
+@torch.no_grad()
+def test_every_expert_is_used(tiny, processor):
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": question}]}]
+        for scene in one_question_each(fresh_scenes(seed=5, count=60))
+        for question, _ in scene.questions.values()
+    ]
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    real = inputs["attention_mask"].flatten().bool()
+    for router_logits in tiny(**inputs, output_router_logits=True).router_logits:
+        chosen = router_logits[real].topk(tiny.config.text_config.moe_top_k).indices
+        shares = chosen.flatten().bincount(minlength=8) / chosen.numel()
+        assert shares.min() >= 0.01 and shares.max() <= 0.5, shares
+
+
+def test_evaluate(tmp_path):
+    result = run("evaluate_tiny.py", "--scenes", 6, "--seed", 7, "--show", tmp_path / "sheet.png")
+    assert result.returncode == 0, result.stderr
+    rows = [line.split("  ")[0] for line in result.stdout.splitlines()]
+    assert rows[0] == "exact match, %" and {"describe", "count", "colour", "is there", "all"} <= set(rows)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def test_a_drawn_scene_is_described_without_naming_a_model(tmp_path):
+    drawn = run("draw_scene.py", tmp_path / "scene.png", "--seed", 5, "--layout", "wide")
+    truths = dict(re.split(r"(?<=[.?]) ", line, maxsplit=1) for line in drawn.stdout.splitlines())
+    described = run("describe.py", tmp_path / "scene.png")
+    assert described.returncode == 0, described.stderr
+    assert described.stdout.strip() == truths["Describe this picture."]
+    counted = run("describe.py", tmp_path / "scene.png", "--prompt", "How many shapes are there?")
+    assert counted.stdout.strip() == truths["How many shapes are there?"]
+
+
+def test_quick_training_learns(tmp_path):
+    result = run("train_tiny.py", tmp_path / "model", "--quick")
+    assert result.returncode == 0, result.stderr
+    states = sorted((tmp_path / "model-training").glob("checkpoint-*/trainer_state.json"))
+    losses = [log["eval_loss"] for log in json.loads(states[-1].read_text())["log_history"] if "eval_loss" in log]
+    assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
+    model, processor = (
+        auto.from_pretrained(tmp_path / "model") for auto in (AutoModelForImageTextToText, AutoProcessor)
+    )
+    scenes = [replace(s, questions={"count": s.questions["count"]}) for s in fresh_scenes(seed=6, count=60)]
+    assert accuracies(answer_scenes(model, processor, scenes))["count"]["all"] > 0.5
+    again = run("train_tiny.py", tmp_path / "model", "--quick")
+    assert again.returncode == 2 and "exists already" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_a_resumed_training_ends_where_an_undisturbed_one_does(tmp_path):

@@ -1,0 +1,434 @@
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configurations of Step3-VL: the vision encoder, the text decoder and the two together.
+
+Every default is the released 321 B model (https://huggingface.co/stepfun-ai/step3), and the fields keep the spelling of
+its `config.json`, so that what is saved here also reads in the serving engines. `attribute_map` adds the names that the
+rest of transformers looks for.
+"""
+
+import transformers
+from huggingface_hub.dataclasses import strict
+from packaging.version import Version
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+# Layers with routed experts in the released model: all but the first four and the last.
+RELEASED_MOE_LAYERS = tuple(range(4, 60))
+
+# Where a saved directory's own code keeps what each Auto class asks for.
+STEP3_VISION_AUTO_MAP = {
+    "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
+    "AutoModel": "modeling_step3.Step3VisionModel",
+}
+STEP3_TEXT_AUTO_MAP = {
+    "AutoConfig": "configuration_step3.Step3TextConfig",
+    "AutoModel": "modeling_step3.Step3TextModel",
+    "AutoModelForCausalLM": "modeling_step3.Step3TextForCausalLM",
+}
+STEP3_VL_AUTO_MAP = {
+    "AutoConfig": "configuration_step3.Step3VLConfig",
+    "AutoModel": "modeling_step3.Step3VLModel",
+    "AutoModelForImageTextToText": "modeling_step3.Step3VLForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_step3.Step3VLForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_step3.Step3VLForConditionalGeneration",
+    "AutoProcessor": "processing_step3.Step3VLProcessor",
+    "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
+}
+
+
+def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
+    """
+    Image tokens of a square picture of `side` pixels: the encoder's grid of patches, downsampled by a 2×2 convolution
+    of this `stride` and a 3×3 convolution of stride 2 and padding 1. 169 at 728 pixels, 81 at 504.
+    """
+    grid = (side // patch_size - 2) // stride + 1
+    return ((grid - 1) // 2 + 1) ** 2
+
+
+def _check_at_least(config: PreTrainedConfig, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        # `True` is an int to Python, and a NaN compares false with everything.
+        if isinstance(value, bool) or not minimum <= value < float("inf"):
+            raise ValueError(f"`{name}` must be a number of at least {minimum}, got {value!r}.")
+
+
+def _check_probability(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
+
+
+class Step3SavedWithCode:
+    """Mixin of the configurations: a directory they are saved in names, for every Auto class, the code it carries."""
+
+    carried_auto_map = {}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
+        auto_map = dict(getattr(self, "auto_map", None) or {})
+        for auto_class, reference in auto_map.copy().items():
+            # What points to this package's modules, in whichever repository or under an older class name, is carried.
+            if isinstance(reference, str) and reference.split("--")[-1].split(".")[0] in carried_modules:
+                del auto_map[auto_class]
+        self.auto_map = {**self.carried_auto_map, **auto_map}
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+@strict
+class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
+    r"""
+    Configuration of [`Step3VisionModel`].
+
+    Args:
+        hidden_size (`int`, defaults to 1792): Width of the encoder.
+        intermediate_size (`int`, defaults to 15360): Width inside each MLP.
+        output_hidden_size (`int`, defaults to 4096): Channels after the first downsampling convolution.
+        num_hidden_layers (`int`, defaults to 63): Number of layers.
+        num_attention_heads (`int`, defaults to 16): Number of attention heads; divides `hidden_size`.
+        num_channels (`int`, defaults to 3): Channels of a picture.
+        image_size (`int`, defaults to 728): Side in pixels of the pictures that the positions were trained on.
+        patch_size (`int`, defaults to 14): Side of a patch in pixels; divides `image_size`.
+        hidden_act (`str`, defaults to `"quick_gelu"`): Activation of the MLPs.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type or lies out of range.
+    """
+
+    model_type = "step3_vision_encoder"
+    base_config_key = "vision_config"
+    carried_auto_map = STEP3_VISION_AUTO_MAP
+
+    hidden_size: int = 1792
+    intermediate_size: int = 15360
+    output_hidden_size: int = 4096
+    num_hidden_layers: int = 63
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 728
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+
+    def validate_architecture(self):
+        """Checks that every size is positive and that heads and patches divide what they split."""
+        _check_at_least(self, 1, "hidden_size", "intermediate_size", "output_hidden_size", "num_hidden_layers")
+        _check_at_least(self, 1, "num_attention_heads", "num_channels", "image_size", "patch_size")
+        _check_at_least(self, 0, "layer_norm_eps", "initializer_range")
+        _check_probability(self, "attention_dropout")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for "
+                f"{self.hidden_size} channels."
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"`patch_size` must divide `image_size`, got patches of {self.patch_size} px in {self.image_size} px."
+            )
+
+
+@strict
+class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
+    r"""
+    Configuration of [`Step3TextModel`] and [`Step3TextForCausalLM`].
+
+    Args:
+        vocab_size (`int`, defaults to 128815): Number of tokens.
+        hidden_size (`int`, defaults to 7168): Width of the decoder.
+        intermediate_size (`int`, defaults to 18432): Width inside the MLP of a dense layer.
+        num_hidden_layers (`int`, defaults to 61): Number of layers.
+        num_attention_heads (`int`, defaults to 64): Number of query heads.
+        num_attention_groups (`int`, defaults to 1):
+            Number of key/value heads; divides `num_attention_heads`. Step3 shares one among all query heads, and the
+            serving engines take no other number.
+        head_dim (`int`, defaults to 256): Width of a head; even, as rotary embedding turns pairs of channels.
+        share_q_dim (`int`, defaults to 2048): Rank of the query projection.
+        max_position_embedding (`int`, defaults to 65536): Longest sequence, in tokens.
+        max_seq_len (`int`, defaults to 65536): The released config's second name for it; kept, not used.
+        rms_norm_eps (`float`, defaults to 1e-5): Epsilon of the RMS norms.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLPs and experts.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
+        moe_layers_enum (`str`, `list[int]` or `tuple[int]`, *optional*):
+            Indices of the layers with routed experts, as numbers or as text such as `"4,5,6"`; kept as text, which is
+            what the serving engines read. `None` and `""` mean every layer but the first. Left out, it is `"4,5,…,59"`
+            at the released depth of 61 layers and `None` at any other.
+        use_moe (`bool`, defaults to `True`):
+            Whether there are such layers at all. If not, `moe_layers_enum` is `"-1"`, which the serving engines read as
+            no layer of the model; they do not know this field.
+        moe_num_experts (`int`, defaults to 48): Routed experts in such a layer.
+        moe_top_k (`int`, defaults to 3): Experts that a token is routed to.
+        moe_intermediate_size (`int`, defaults to 5120): Width inside a routed expert.
+        share_expert_dim (`int`, defaults to 5120): Width inside the expert that sees every token.
+        norm_expert_weight (`bool`, defaults to `False`): Whether a token's expert weights are divided by their sum.
+        output_router_logits (`bool`, defaults to `False`): Whether to return router logits and the load-balancing loss.
+        router_aux_loss_coef (`float`, defaults to 0.0): Weight of the load-balancing loss in the loss.
+        rope_parameters (`dict`, *optional*):
+            Rotary embedding: `rope_type`, `rope_theta` (500000 unless given) and what the type needs. The released
+            spelling, `rope_theta` beside `rope_scaling`, is read as well.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
+        use_cache (`bool`, defaults to `True`): Whether to return the key/value cache.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one tensor.
+        pad_token_id, bos_token_id, eos_token_id (*optional*): Special tokens.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, lies out of range or contradicts
+        another.
+    """
+
+    model_type = "step3_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 500000.0
+    carried_auto_map = STEP3_TEXT_AUTO_MAP
+    attribute_map = {
+        "max_position_embeddings": "max_position_embedding",
+        "num_key_value_heads": "num_attention_groups",
+        "n_routed_experts": "moe_num_experts",
+        "num_local_experts": "moe_num_experts",
+        "num_experts": "moe_num_experts",
+        "num_experts_per_tok": "moe_top_k",
+        "norm_topk_prob": "norm_expert_weight",
+        "shared_expert_intermediate_size": "share_expert_dim",
+    }
+    # Query heads are split over the ranks, with the output projection that reads them; the one key/value head stays
+    # whole on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
+    # cut them in the wrong place. `replicated_key_value_head` and `split_experts` are styles of modeling_step3.
+    base_model_tp_plan = {
+        "layers.*.self_attn.wq": "colwise",
+        "layers.*.self_attn.k_proj": "replicated_key_value_head",
+        "layers.*.self_attn.v_proj": "replicated_key_value_head",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.moe.experts.down_proj": "grouped_gemm",
+        "layers.*.moe.experts": "split_experts",
+        "layers.*.share_expert.gate_proj": "colwise",
+        "layers.*.share_expert.up_proj": "colwise",
+        "layers.*.share_expert.down_proj": "rowwise",
+    }
+    if Version(transformers.__version__) >= Version("5.19"):
+        base_model_ep_plan = {
+            "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
+            "layers.*.moe.experts.down_proj": "grouped_gemm",
+            "layers.*.moe.experts": "ep_dispatch_experts",
+        }
+    else:  # stands in for the tensor-parallel plan instead of going beside it
+        base_model_ep_plan = base_model_tp_plan
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 128815
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 64
+    num_attention_groups: int = 1
+    head_dim: int = 256
+    share_q_dim: int = 2048
+    max_position_embedding: int = 65536
+    max_seq_len: int = 65536
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    attention_dropout: float | int = 0.0
+    moe_layers_enum: str | list[int] | tuple[int, ...] | None = RELEASED_MOE_LAYERS
+    use_moe: bool = True
+    moe_num_experts: int = 48
+    moe_top_k: int = 3
+    moe_intermediate_size: int = 5120
+    share_expert_dim: int = 5120
+    norm_expert_weight: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    rope_parameters: RopeParameters | dict | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # Left out means the released layers, which only the released depth has.
+        if self.moe_layers_enum is RELEASED_MOE_LAYERS and self.num_hidden_layers != 61:
+            self.moe_layers_enum = None
+        if not self.use_moe:
+            self.moe_layers_enum = "-1"
+        if not isinstance(self.moe_layers_enum, str | None):
+            self.moe_layers_enum = ",".join(str(index) for index in self.moe_layers_enum)
+        # transformers completes these dictionaries in place, and they are the caller's.
+        if isinstance(self.rope_parameters, dict):
+            self.rope_parameters = dict(self.rope_parameters)
+        if isinstance(kwargs.get("rope_scaling"), dict):
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        if self.num_attention_groups > 1:  # enough key/value heads to be split with their query heads
+            split = {f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}
+            self.base_model_tp_plan = {**self.base_model_tp_plan, **split}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Out of a whole model's config, the text part knows the weights' type and quantisation, too."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if isinstance(text_config := config_dict.get(cls.base_config_key), dict):
+            shared = ("quantization_config", "dtype", "torch_dtype")
+            config_dict[cls.base_config_key] = {
+                **{key: config_dict[key] for key in shared if config_dict.get(key) is not None},
+                **text_config,
+            }
+        return config_dict, kwargs
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Indices of the layers with routed experts, in ascending order."""
+        if not self.use_moe:
+            return []
+        if not self.moe_layers_enum:
+            return list(range(1, self.num_hidden_layers))
+        entries = self.moe_layers_enum
+        if isinstance(entries, str):
+            entries = entries.strip().split(",")
+        return sorted({int(entry) for entry in entries})
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens that there are positions for, rotary scaling counted in; `None` where it adapts to any length."""
+        if self.rope_parameters["rope_type"] == "dynamic":
+            return None
+        original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embedding
+        return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
+
+    def validate_architecture(self):
+        """Checks that every size is positive and that heads, experts and layer indices agree."""
+        _check_at_least(self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+        _check_at_least(self, 1, "num_attention_heads", "num_attention_groups", "share_q_dim")
+        _check_at_least(self, 1, "max_position_embedding", "max_seq_len")
+        _check_at_least(self, 1, "moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim")
+        _check_at_least(self, 0, "rms_norm_eps", "initializer_range", "router_aux_loss_coef")
+        _check_probability(self, "attention_dropout")
+        if self.num_attention_heads % self.num_attention_groups:
+            raise ValueError(
+                "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
+                f"{self.num_attention_groups} for {self.num_attention_heads} query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even for rotary embedding, got {self.head_dim}.")
+        if self.moe_top_k > self.moe_num_experts:
+            raise ValueError(
+                f"`moe_top_k` must not exceed `moe_num_experts`, got {self.moe_top_k} of {self.moe_num_experts}."
+            )
+        try:
+            moe_layers = self.moe_layers
+        except (TypeError, ValueError):
+            raise ValueError(
+                f'`moe_layers_enum` must list layer indices, such as "4,5,6", got {self.moe_layers_enum!r}.'
+            ) from None
+        if moe_layers and not 0 <= moe_layers[0] <= moe_layers[-1] < self.num_hidden_layers:
+            raise ValueError(
+                f"`moe_layers_enum` must list layers between 0 and {self.num_hidden_layers - 1}, got "
+                f"{self.moe_layers_enum!r}."
+            )
+
+    def to_dict(self) -> dict:
+        """As a dictionary for `config.json`, with the two rotary keys that engines of the released config look for."""
+        output = super().to_dict()
+        rope_parameters = output["rope_parameters"]
+        output["rope_theta"] = rope_parameters["rope_theta"]
+        output["rope_scaling"] = None if rope_parameters["rope_type"] == "default" else dict(rope_parameters)
+        if isinstance(output["moe_layers_enum"], list):
+            output["moe_layers_enum"] = ",".join(str(index) for index in output["moe_layers_enum"])
+        return output
+
+
+@strict
+class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
+    r"""
+    Configuration of [`Step3VLModel`] and [`Step3VLForConditionalGeneration`].
+
+    Args:
+        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): The vision encoder; released if left out.
+        text_config (`dict` or [`Step3TextConfig`], *optional*): The text decoder; released if left out.
+        understand_projector_stride (`int`, defaults to 2): Stride of the first downsampling convolution.
+        projector_bias (`bool`, defaults to `False`): Whether the projection to the decoder's width has a bias.
+        image_token_id (`int`, defaults to 128001): The token, `<im_patch>`, whose embeddings image features replace.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one tensor.
+
+    Raises:
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, lies out of range or contradicts
+        another.
+
+    Example:
+
+    ```python
+    >>> from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
+
+    >>> config = Step3VLConfig()  # the released 321 B model
+    >>> config.text_config.num_experts
+    48
+    ```
+    """
+
+    model_type = "step3_vl"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    carried_auto_map = STEP3_VL_AUTO_MAP
+    sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
+    sub_configs_defaults = sub_configs  # the name since transformers 5.20
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    understand_projector_stride: int = 2
+    projector_bias: bool = False
+    image_token_id: int = 128001
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, config_class(**(value or {})))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks the parts' types, the stride and the image token."""
+        for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
+            part = getattr(self, name)
+            if part.model_type != config_class.model_type:
+                raise ValueError(
+                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(part).__name__}."
+                )
+        _check_at_least(self, 1, "understand_projector_stride")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "
+                f"got {self.image_token_id}."
+            )
+
+
+for _config_class in (Step3VisionEncoderConfig, Step3TextConfig, Step3VLConfig):
+    _config_class.register_for_auto_class()
+
+
+__all__ = ["Step3TextConfig", "Step3VLConfig", "Step3VisionEncoderConfig"]

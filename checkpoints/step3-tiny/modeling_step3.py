@@ -1,0 +1,1587 @@
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, behind a vision encoder.
+
+Read from top to bottom, in the order data flows: the names on disk, the vision encoder, the text decoder, the two
+together, the language-model heads.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from packaging.version import Version
+from safetensors import safe_open
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_torch_distributed_available
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, num_image_tokens
+
+
+if is_torch_distributed_available():
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's imports copies the processor along
+    from .processing_step3 import Step3VLProcessor  # noqa: F401
+
+
+# How the names on disk become the names below; `save_pretrained` runs it backwards. A mapping is found by class name,
+# else by model type, and each part of a model brings its own: what the whole model renames, its parts rename further.
+# The second form in each pattern, `model.language_model.` and so on, is what the original remote code saved.
+register_checkpoint_conversion_mapping(
+    "step3_text",
+    [
+        WeightConverter(
+            [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
+        ),
+        WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
+        WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.down_proj_scale_inv"),
+    ],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "Step3VLModel",
+    [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "Step3VLForConditionalGeneration",
+    [
+        WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^model.model."),
+        WeightRenaming(r"^(?:model\.|)vision_model\.", "^model.vision_model."),
+        WeightRenaming(r"^(?:model\.|)vit_", "^model.vit_"),
+    ],
+    overwrite=True,
+)
+
+
+_VISION_NAME = re.compile(r"(model\.)?(vision_model\.|vit_)")
+
+
+def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
+    """The same tensor, which every rank holds; the gradients that the ranks send back are summed."""
+    if not tensor.requires_grad:
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
+    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends to it with
+    its own query heads only."""
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return _sum_gradients(output, mesh)
+
+
+class SplitExpertsParallel(TensorParallelLayer):
+    """Tensor-parallel style of the experts: each rank holds some of them whole, runs those on all tokens, and the
+    outputs are summed. Goes with `grouped_gemm` on their weights."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        hidden_states, top_k_index, top_k_weights = args
+        top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
+        elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
+        top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
+        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
+        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
+        )
+
+
+ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
+ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
+
+
+def _check_values(condition: torch.Tensor, message: Callable[[], str]) -> None:
+    """Raises a `ValueError` unless all of `condition` holds. This waits for the device: not in a decoding step."""
+    if type(condition) is torch.Tensor and condition.device.type != "meta":  # a fake tensor has no values either
+        torch_compilable_check(condition.all(), message)
+
+
+def _check_on_device(condition: torch.Tensor, message: str) -> None:
+    """The same without waiting: a `RuntimeError` on a CPU, and a device-side assertion on a GPU."""
+    if condition.device.type != "meta":
+        torch._assert_async(condition.all(), message)
+
+
+def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
+        raise ValueError(
+            "`input_ids` must be whole numbers of shape (batch, tokens) with at least one token, got "
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
+        )
+    if input_ids.shape[1] > 1:
+        _check_values(
+            (input_ids >= 0) & (input_ids < vocab_size),
+            lambda: (
+                f"`input_ids` must lie between 0 and {vocab_size - 1}, got {int(input_ids.min())} to "
+                f"{int(input_ids.max())}."
+            ),
+        )
+
+
+def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {hidden_size}) with at least one token, got "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+
+
+def _check_attention_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    if (
+        query.shape[0] != key.shape[0]
+        or query.shape[1] % key.shape[1]
+        or query.shape[3] != key.shape[3]
+        or key.shape[:3] != value.shape[:3]
+    ):
+        raise ValueError(
+            "Queries (batch, heads, queries, head_dim) do not go with keys and values (batch, key/value heads, keys, "
+            f"head_dim): got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention written out, of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads,
+    keys, head_dim), with an additive `attention_mask` that broadcasts to (batch, heads, queries, keys).
+
+    The query heads that share a key/value head become rows of one product, so that no head is copied for each of them.
+    Returns the output (batch, queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). The
+    softmax is taken in float32 at least.
+
+    Raises:
+        `ValueError`: if the shapes do not go together.
+    """
+    _check_attention_shapes(query, key, value)
+    batch_size, num_heads, num_queries, head_dim = query.shape
+    num_key_value_heads = key.shape[1]
+
+    query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)).view(batch_size, num_heads, num_queries, -1) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights.view(batch_size, num_key_value_heads, -1, key.shape[2]), value)
+    attn_output = attn_output.view(batch_size, num_heads, num_queries, head_dim).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+def share_key_value_heads(attention_interface: Callable) -> Callable:
+    """
+    Wraps transformers' SDPA attention for key/value heads that query heads share, which SDPA does not take as they are.
+    A single query token attends with the query heads of a key/value head as its rows; longer queries see the one
+    key/value head through a view. So nothing is copied per query head, also where the decoding step is compiled.
+    """
+
+    def shared_attention(module, query, key, value, attention_mask, **kwargs):
+        _check_attention_shapes(query, key, value)
+        batch_size, num_heads, num_queries, head_dim = query.shape
+        num_key_value_heads = key.shape[1]
+        if num_queries == 1:
+            if attention_mask is not None and attention_mask.shape[1] > 1:
+                attention_mask = attention_mask.view(batch_size, num_key_value_heads, -1, key.shape[2])
+            query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
+            attn_output, _ = attention_interface(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+            return attn_output.transpose(1, 2).reshape(batch_size, 1, num_heads, head_dim), None
+        key, value = (repeat_kv(states, num_heads // num_key_value_heads) for states in (key, value))
+        return attention_interface(module, query, key, value, attention_mask, **kwargs)
+
+    return shared_attention
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step3VisionEmbeddings(nn.Module):
+    """Patches of a picture with a class token in front, and learned positions for both."""
+
+    # The original training run repeated the class row so that tensor parallelism divides the sequence.
+    num_class_rows = 4
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.grid_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
+
+    def resize_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Position embeddings (rows, hidden_size) of the trained grid, resized to a grid of `height` × `width`."""
+        if (height, width) == (self.grid_size, self.grid_size):
+            return positions
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        grid = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        )
+        return grid.flatten(2).transpose(1, 2)[0].to(positions.dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        height, width = patches.shape[-2:]
+        # Looked up, not read from the weight, which may be offloaded until the module is called.
+        positions = self.position_embedding(torch.arange(self.grid_size**2 + 1, device=patches.device))
+        patches = patches.flatten(2).transpose(1, 2) + self.resize_positions(positions[1:], height, width)
+        class_row = self.class_embedding + positions[:1]
+        class_rows = class_row.expand(patches.shape[0], self.num_class_rows, -1)
+        return torch.cat([class_rows, patches], dim=1)
+
+
+class Step3VisionAttention(nn.Module):
+    """Bidirectional multi-head attention with one projection for queries, keys and values."""
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        qkv_states = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in qkv_states.unbind(2))
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class Step3VisionMLP(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class Step3VisionEncoderLayer(GradientCheckpointingLayer):
+    """A layer that normalises what each branch puts out, not what goes in."""
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.self_attn = Step3VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Step3VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = hidden_states + self.layer_norm1(attn_output)
+        return hidden_states + self.layer_norm2(self.mlp(hidden_states))
+
+
+class Step3VisionTransformer(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([Step3VisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class DequantizedWeight:
+    """
+    A weight in a file, read only when it is indexed: as it is, or if it is fp8 as the product with the scales of its
+    blocks of `block_size` (rows, columns), in `dtype`.
+
+    Raises:
+        `ValueError`: if it is fp8 and has no scales.
+    """
+
+    def __init__(self, name: str, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
+        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
+        if scale is None and "F8_E4M3" in str(weight.get_dtype() if hasattr(weight, "get_dtype") else weight.dtype):
+            raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
+
+    def get_shape(self) -> list[int]:
+        return self.weight.get_shape()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        if self.scale is None:
+            return self.weight[index]
+        weight, scale = self.weight[...], self.scale[...].float()
+        rows, columns = weight.shape[-2:]
+        height, width = self.block_size
+        output = torch.empty(weight.shape, dtype=self.dtype)
+        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (output, weight, scale))
+        for out, quantized, factors in zip(*matrices, strict=True):  # expert by expert: float32 copies take room
+            factors = factors.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+            out.copy_(quantized.float().mul_(factors))
+        return output[index]
+
+
+def _keep_unquantized_modules(model: PreTrainedModel, weights: Mapping, load_config) -> None:
+    """Takes back the fp8 modules of `model` whose weights in the checkpoint have no scales: they are not fp8."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
+
+    text_config = model.config.get_text_config()
+    block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
+    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
+    own_names = model.state_dict()
+    names = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in weights}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FP8Linear) and f"{name}.weight_scale_inv" not in names:
+            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        elif isinstance(module, FP8Experts) and f"{name}.down_proj_scale_inv" not in names:
+            with torch.device("meta"):
+                plain = Step3TextExperts(text_config)
+        else:
+            if isinstance(module, FP8Experts) and text_config.moe_intermediate_size % block_rows:
+                raise ValueError(
+                    "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
+                    f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
+                    "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
+                )
+            continue
+        model.set_submodule(name, plain.to(load_config.dtype))
+
+
+class Step3VLPreTrainedModel(PreTrainedModel):
+    """What the Step3 models share: weight initialisation and what they support."""
+
+    config: Step3VLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Step3VisionEmbeddings", "Step3VisionEncoderLayer", "Step3TextDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
+        if isinstance(module, Step3TextExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Step3TextTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Step3VisionEmbeddings):
+            init.normal_(module.class_embedding, mean=0.0, std=std)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """
+        What `from_pretrained` reads weights with. Files that hold nothing but the vision encoder stay closed for a
+        model without one. Block-fp8 weights are kept or dequantised, as transformers' quantiser decides by the device;
+        what the checkpoint holds in another type is not made fp8.
+
+        Raises:
+            `ValueError`: if fp8 weights have no scales, or blocks that the fused experts cannot keep.
+        """
+        if checkpoint_files and load_config.sharded_metadata and isinstance(model.config, Step3TextConfig):
+            weight_map = load_config.sharded_metadata["weight_map"].items()
+            files = {os.path.basename(file) for name, file in weight_map if not _VISION_NAME.match(name)}
+            checkpoint_files = [path for path in checkpoint_files if os.path.basename(path) in files]
+        load = super(Step3VLPreTrainedModel, Step3VLPreTrainedModel)._load_pretrained_model
+        quantizer = load_config.hf_quantizer
+        if quantizer is None or not quantizer.pre_quantized or quantizer.quantization_config.quant_method != "fp8":
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+        with ExitStack() as stack:
+            weights = state_dict
+            if weights is None:
+                files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
+                weights = {name: file.get_slice(name) for file in files for name in file.keys()}
+            if not quantizer.quantization_config.dequantize:
+                _keep_unquantized_modules(model, weights, load_config)
+                return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+            block_size, dtype = quantizer.quantization_config.weight_block_size, load_config.dtype
+            weights = {
+                name: DequantizedWeight(name, weight, weights.get(f"{name}_scale_inv"), block_size, dtype)
+                for name, weight in weights.items()
+                if not name.endswith("_scale_inv")
+            }
+            renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+            converters = [e for e in get_model_conversion_mapping(model) if isinstance(e, WeightConverter)]
+            load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
+            return load(model, weights, None, load_config, expected_keys)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
+        transforms = get_model_conversion_mapping(self, add_legacy=False)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = {
+            pattern: transform
+            for transform in transforms
+            if isinstance(transform, WeightConverter)
+            for pattern in transform.source_patterns
+        }
+        own_names = self.state_dict().keys()
+        renamed, to_convert = {}, {}
+        for name, tensor in state_dict.items():
+            if name in own_names:
+                renamed[name] = tensor
+                continue
+            new_name, pattern = rename_source_key(name, renamings, list(converters.values()))
+            if pattern is None:
+                renamed[new_name] = tensor
+            else:
+                to_convert.setdefault(new_name, deepcopy(converters[pattern])).add_tensor(
+                    new_name, name, pattern, tensor
+                )
+        for name, converter in to_convert.items():
+            renamed.update(converter.convert(name, model=self, config=self.config))
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        text_config = self.config.get_text_config()
+        if requested_experts is None and text_config.model_type == Step3TextConfig.model_type:
+            # The type the model is made in, and the narrower one it may be cast to.
+            dtypes = (torch.get_default_dtype(), torch.bfloat16)
+            if not all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes):
+                return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+
+class Step3VisionModel(Step3VLPreTrainedModel):
+    """The vision encoder: pictures in, one row for each of their patches out, with no norm at the end."""
+
+    config: Step3VisionEncoderConfig
+    config_class = Step3VisionEncoderConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__(config)
+        self.embeddings = Step3VisionEmbeddings(config)
+        self.transformer = Step3VisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
+                Normalised square pictures whose side is a multiple of `patch_size`.
+
+        Returns:
+            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
+            states and attentions also hold the four class rows in front.
+
+        Raises:
+            `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
+        """
+        num_channels, patch_size = self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+            raise ValueError(
+                f"Pictures must have the shape (images, {num_channels}, side, side), got {tuple(pixel_values.shape)}."
+            )
+        height, width = pixel_values.shape[2:]
+        if height != width or height % patch_size or height == 0:
+            raise ValueError(
+                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Step3TextRMSNorm(nn.Module):
+    """Root-mean-square norm: normalised in float32 at least, cast back, then scaled."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * states.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class Step3TextAttention(nn.Module):
+    """
+    Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): queries of low rank, which `wq` raises to
+    many wide heads, over a single key/value head.
+    """
+
+    def __init__(self, config: Step3TextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.share_q_dim, bias=False)
+        self.inter_norm = Step3TextRMSNorm(config.share_q_dim, eps=config.rms_norm_eps)
+        self.wq = nn.Linear(config.share_q_dim, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query_states = self.wq(self.inter_norm(self.q_proj(hidden_states))).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.config._attn_implementation == "sdpa":
+            attention_interface = share_key_value_heads(attention_interface)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class Step3TextMLP(nn.Module):
+    """Gated MLP: a dense layer's, and a mixture's shared expert."""
+
+    def __init__(self, config: Step3TextConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Step3TextTopKRouter(nn.Module):
+    """Chooses each token's experts: the `moe_top_k` most probable of a softmax over all, in float32 at least."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.top_k = config.moe_top_k
+        self.num_experts = config.moe_num_experts
+        self.norm_expert_weight = config.norm_expert_weight
+        self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """From `hidden_states` (tokens, hidden_size): logits (tokens, experts), weights and indices (tokens, top_k)."""
+        router_logits = nn.functional.linear(hidden_states, self.weight)
+        softmax_dtype = torch.promote_types(router_logits.dtype, torch.float32)
+        router_probs = nn.functional.softmax(router_logits, dim=-1, dtype=softmax_dtype)
+        top_k_weights, top_k_index = torch.topk(router_probs, self.top_k, dim=-1)
+        if self.norm_expert_weight:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+
+def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes the experts in `dtype`: it asks for strides of 16 bytes."""
+    sizes = (config.hidden_size, config.moe_intermediate_size)
+    return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
+
+
+@use_experts_implementation
+class Step3TextExperts(nn.Module):
+    """The routed experts, gated MLPs whose weights are stacked; gate and up projections are one weight."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.num_experts = config.moe_num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+        # Before any hook of a rank that holds some of the experts, which has its own numbers for them.
+        self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
+
+    def check_indices(self, inputs: tuple[torch.Tensor, ...], num_experts: int) -> None:
+        """An index beyond the experts is an error; that of a single token comes from the router."""
+        if len(inputs) > 1 and inputs[1].shape[0] > 1:
+            message = f"Indices of experts must lie between 0 and {num_experts - 1}."
+            _check_on_device((inputs[1] >= 0) & (inputs[1] < num_experts), message)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The `eager` implementation: one expert after the other, each on the tokens (tokens, hidden_size) it got."""
+        output = torch.zeros_like(hidden_states)
+        with torch.no_grad():
+            # One class more than experts: under expert parallelism it stands for the experts of other ranks.
+            assigned = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)[..., :-1].permute(2, 1, 0)
+            used_experts = assigned.sum(dim=(1, 2)).nonzero().flatten()
+        for expert in used_experts:
+            slot, token = torch.where(assigned[expert])
+            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+class Step3TextMoE(nn.Module):
+    """Router and routed experts."""
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Step3TextTopKRouter(config)
+        self.experts = Step3TextExperts(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        if self.config._experts_implementation == "grouped_mm" and not _experts_fit_grouped_mm(self.config, dtype):
+            raise ValueError(
+                f"`grouped_mm` needs rows of a multiple of 16 bytes and no float64, got {dtype} with `hidden_size` "
+                f"{self.config.hidden_size} and `moe_intermediate_size` {self.config.moe_intermediate_size}: "
+                'choose another implementation with `model.set_experts_implementation("eager")`.'
+            )
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        return self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+
+
+class Step3TextDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then a dense MLP or, in a mixture layer, routed experts beside a shared one; each with its norm."""
+
+    def __init__(self, config: Step3TextConfig, layer_idx: int):
+        super().__init__()
+        self.is_moe = layer_idx in config.moe_layers
+        self.input_layernorm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Step3TextAttention(config, layer_idx)
+        self.post_attention_layernorm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if self.is_moe:
+            self.moe = Step3TextMoE(config)
+            self.share_expert = Step3TextMLP(config, config.share_expert_dim)
+        else:
+            self.mlp = Step3TextMLP(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        if self.is_moe:
+            hidden_states = self.moe(hidden_states) + self.share_expert(hidden_states)
+        else:
+            hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class Step3TextModel(Step3VLPreTrainedModel):
+    """The text decoder without a language-model head."""
+
+    config: Step3TextConfig
+    config_class = Step3TextConfig
+    input_modalities = ("text",)
+    # A directory of the whole model holds the decoder's weights under the decoder's names, beside these.
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\."]
+    _can_record_outputs = {
+        "hidden_states": Step3TextDecoderLayer,
+        "attentions": Step3TextAttention,
+        "router_logits": OutputRecorder(Step3TextTopKRouter, index=0),
+    }
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([Step3TextDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def check_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> None:
+        """
+        Checks everything before the cache is written to. Values are looked at for several tokens; for a single one
+        shapes and lengths are, and what is on the device is asserted there.
+
+        Raises:
+            `ValueError`: if an argument's shape does not fit the others or the model, or there are more tokens than the
+            cache or the positions allow.
+        """
+        _check_embeddings(inputs_embeds, self.config.hidden_size)
+        batch_size, num_new, _ = inputs_embeds.shape
+        is_decoding = num_new == 1
+        cached, room = 0, None
+        if past_key_values is not None:
+            self.check_cache(past_key_values, batch_size)
+            cached = past_key_values.get_seq_length()
+            room = past_key_values.get_max_length()
+        total = cached + num_new
+        for limit, owner in (
+            (room, "the cache's"),
+            (self.config.longest_sequence, "`max_position_embedding`, scaling counted in,"),
+        ):
+            if limit is None or limit < 0:
+                continue
+            if isinstance(total, torch.Tensor) and (is_decoding or torch.compiler.is_compiling()):
+                _check_on_device(total <= limit, f"There is no room for another token: {owner} {limit} are taken.")
+            elif isinstance(total, torch.Tensor):
+                _check_values(
+                    total <= limit,
+                    lambda limit=limit, owner=owner: (
+                        f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}."
+                    ),
+                )
+            elif total > limit:
+                raise ValueError(f"{cached} cached and {num_new} new tokens are more than {owner} {limit}.")
+
+        if position_ids is not None:
+            limit = self.config.longest_sequence or torch.iinfo(torch.int32).max
+            shape = tuple(position_ids.shape)
+            if len(shape) != 2 or (shape[0] != 1 and shape[0] != batch_size) or shape[1] != num_new:
+                raise ValueError(
+                    f"`position_ids` must have the shape ({batch_size}, {num_new}) of the tokens, got {shape}."
+                )
+            is_in_range = (position_ids >= 0) & (position_ids < limit)
+            text = f"`position_ids` must lie between 0 and {limit - 1}"
+            if is_decoding:
+                _check_on_device(is_in_range, f"{text}.")
+            else:
+                _check_values(
+                    is_in_range,
+                    lambda: f"{text}, got {int(position_ids.min())} to {int(position_ids.max())}.",
+                )
+
+        mask = attention_mask
+        if isinstance(mask, dict):
+            if "full_attention" not in mask:
+                raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
+            mask = mask["full_attention"]
+        if isinstance(mask, torch.Tensor):
+            shape = tuple(mask.shape)
+            if mask.ndim == 2:
+                is_long_enough = shape[1] >= num_new if room is not None and room > 0 else shape[1] == total
+                fits = shape[0] == batch_size and is_long_enough
+            else:
+                fits = mask.ndim == 4 and (shape[0] == 1 or shape[0] == batch_size) and shape[2] == num_new
+            if not fits:
+                raise ValueError(
+                    "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new "
+                    f"tokens, keys) for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
+                )
+
+    def mask_one_token(
+        self, attention_mask: torch.Tensor, dtype: torch.dtype, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """
+        What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
+        transformers' own masks wait for the device, to learn whether there is any padding.
+        """
+        mask = attention_mask.bool()
+        room = -1 if past_key_values is None else past_key_values.get_max_length()
+        if room > 0:  # a static cache, whose keys reach beyond the tokens so far
+            mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
+            mask = mask & (torch.arange(room, device=mask.device) <= past_key_values.get_seq_length())
+        mask = mask[:, None, None]
+        if self.config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+    def check_cache(self, past_key_values: Cache, batch_size: int) -> None:
+        """
+        Raises:
+            `ValueError`: if the cache holds keys of another model or another batch.
+        """
+        filled = [layer for layer in past_key_values.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        filled = [layer for layer in filled if layer.keys.ndim == 4]
+        num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
+        shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
+        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers):
+            raise ValueError(
+                f"`past_key_values` must be a cache of this model, with {num_layers} layers of keys for a batch of "
+                f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
+                f"{sorted(shapes)}."
+            )
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Token ids; or give `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(batch, cached + new tokens)` with 0 at padding, or a 4-D mask as transformers builds it, or a
+                dictionary that holds one under `"full_attention"`.
+            position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Positions of the tokens.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
+            use_cache (`bool`, *optional*): Whether to return a cache.
+
+        Raises:
+            `ValueError`: if both or neither of `input_ids` and `inputs_embeds` are given, or a dictionary of masks
+            lacks the one that is needed.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            _check_token_ids(input_ids, self.vocab_size)
+            inputs_embeds = self.embed_tokens(input_ids)
+        self.check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        if isinstance(attention_mask, dict):
+            causal_mask = attention_mask["full_attention"]
+        elif (
+            inputs_embeds.shape[1] == 1
+            and isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 2
+            and self.config._attn_implementation in ("eager", "sdpa")
+        ):
+            causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, past_key_values)
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vision and text together
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step3VLModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+            The features of all pictures, one after the other, that took the place of the image tokens.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class Step3VLCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+            The features of all pictures, one after the other, that took the place of the image tokens.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class Step3VLModel(Step3VLPreTrainedModel):
+    """Vision encoder, the projection of its output to image tokens, and the text decoder."""
+
+    config_class = Step3VLConfig
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
+    def __init__(self, config: Step3VLConfig):
+        super().__init__(config)
+        vision_config, text_config = config.vision_config, config.text_config
+        self.vision_model = Step3VisionModel(vision_config)
+        channels = vision_config.output_hidden_size
+        self.vit_downsampler = nn.Conv2d(
+            vision_config.hidden_size, channels, kernel_size=2, stride=config.understand_projector_stride
+        )
+        self.vit_downsampler2 = nn.Conv2d(channels, 2 * channels, kernel_size=3, stride=2, padding=1)
+        self.vit_large_projector = nn.Linear(2 * channels, text_config.hidden_size, bias=config.projector_bias)
+        self.language_model = Step3TextModel(text_config)
+        self.post_init()
+
+    def num_image_tokens(self, side: int) -> int:
+        """Number of image tokens of a square picture of `side` pixels."""
+        return num_image_tokens(side, self.config.vision_config.patch_size, self.config.understand_projector_stride)
+
+    def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
+        grid_size = math.isqrt(hidden_states.shape[1])
+        if grid_size**2 != hidden_states.shape[1] or grid_size < 2:
+            raise ValueError(
+                "The encoder's rows must make up a square of at least 2 x 2, got the shape "
+                f"{tuple(hidden_states.shape)}."
+            )
+        feature_map = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))
+        feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
+        return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
+
+    def encode_pictures(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """The features of all pictures (rows, hidden_size), and the encoder's output on the global views. Arguments
+        and errors are those of [`~Step3VLModel.get_image_features`]."""
+        vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
+        image_features = self.project(vision_outputs.last_hidden_state)
+        num_images, num_tokens, _ = image_features.shape
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
+        if num_patches is None:
+            num_patches = [0] * num_images
+        num_patches = torch.as_tensor(num_patches, device=image_features.device)
+        torch_compilable_check(
+            (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
+            lambda: (
+                f"`num_patches` must have an entry for each of the {num_images} pictures of `pixel_values`, and they "
+                f"must add up to the {patches_given} patches of `patch_pixel_values`, got {num_patches.tolist()}."
+            ),
+        )
+        if patches_given == 0:
+            return image_features.flatten(0, 1), vision_outputs
+
+        patch_outputs = self.vision_model(patch_pixel_values, return_dict=True)
+        patch_features = self.project(patch_outputs.last_hidden_state)
+        # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
+        images = torch.arange(num_images, device=num_patches.device)
+        image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
+        places = [
+            (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
+            (2 * images + 1).repeat_interleave(num_tokens),
+        ]
+        features = torch.cat([patch_features.flatten(0, 1), image_features.flatten(0, 1)])
+        return features[torch.cat(places).argsort(stable=True)], vision_outputs
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes pictures into the features that take the place of their image tokens.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, side, side)`): The pictures' global views.
+            patch_pixel_values (`torch.Tensor` of shape `(patches, channels, patch side, patch side)`, *optional*):
+                The patches of all pictures, one picture after the other.
+            num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): How many of them each picture has.
+
+        Returns:
+            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first and the
+            global view's last; `last_hidden_state` and, if asked for, `hidden_states` and `attentions` of the encoder
+            on the global views.
+
+        Raises:
+            `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
+        """
+        features, vision_outputs = self.encode_pictures(pixel_values, patch_pixel_values, num_patches, **kwargs)
+        rows = [self.num_image_tokens(pixel_values.shape[-1])] * pixel_values.shape[0]
+        if patch_pixel_values is not None:
+            patch_rows = self.num_image_tokens(patch_pixel_values.shape[-1])
+            counts = torch.as_tensor(num_patches).tolist()
+            rows = [count * patch_rows + image_rows for count, image_rows in zip(counts, rows, strict=True)]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=vision_outputs.last_hidden_state,
+            pooler_output=features.split(rows),
+            hidden_states=vision_outputs.hidden_states,
+            attentions=vision_outputs.attentions,
+        )
+
+    def get_image_token_mask(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.BoolTensor:
+        """Where the image tokens are, `(batch, tokens)`; told from embeddings where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
+        """Raises a `ValueError` if there are not as many image tokens as rows of `image_features`."""
+        num_image_tokens = image_token_mask.sum()
+        torch_compilable_check(
+            num_image_tokens == image_features.shape[0],
+            lambda: (
+                f"The text has {int(num_image_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), "
+                f"but the pictures give {image_features.shape[0]} image features."
+            ),
+        )
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.BoolTensor:
+        """
+        Where `image_features` (rows, hidden_size) go in `inputs_embeds`, as a mask of its shape.
+
+        Raises:
+            `ValueError`: if there are not as many image tokens as rows.
+        """
+        image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
+        self.check_image_tokens(image_token_mask, image_features)
+        return image_token_mask.unsqueeze(-1).to(inputs_embeds.device).expand_as(inputs_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Step3VLModelOutputWithPast:
+        """
+        Args:
+            pixel_values, patch_pixel_values, num_patches: Pictures, as in [`~Step3VLModel.get_image_features`].
+            image_embeds (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+                Image features of all pictures, one after the other, in place of `pixel_values`.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
+
+        The rest is as in [`Step3TextModel`].
+
+        Raises:
+            `ValueError`: if pictures are given in more than one form, or do not fit the image tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(source is not None for source in (pixel_values, image_embeds, encoded)) > 1:
+            raise ValueError(
+                "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
+            )
+        if pixel_values is None and (patch_pixel_values is not None or num_patches is not None):
+            raise ValueError("`patch_pixel_values` and `num_patches` belong to `pixel_values`, which is missing.")
+
+        if inputs_embeds is None:
+            _check_token_ids(input_ids, self.config.text_config.vocab_size)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        _check_embeddings(inputs_embeds, self.config.text_config.hidden_size)
+
+        if pixel_values is not None:
+            image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
+        elif encoded is not None:
+            image_embeds = torch.cat(list(encoded.pooler_output))
+        if image_embeds is not None:
+            width = inputs_embeds.shape[2]
+            if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 2 or image_embeds.shape[1] != width:
+                given = tuple(getattr(image_embeds, "shape", ())) or type(image_embeds).__name__
+                raise ValueError(f"`image_embeds` must be a tensor of shape (rows, {width}), got {given}.")
+            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            # What follows cached tokens may hold an image token that the model itself came up with.
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if isinstance(cached, int) and cached == 0:
+                image_token_mask = self.get_image_token_mask(input_ids, None)
+                _check_values(
+                    ~image_token_mask,
+                    lambda: f"The text has {int(image_token_mask.sum())} image tokens, but there are no pictures.",
+                )
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language-model heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Step3LanguageModelHead:
+    """What [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`] do with the hidden states they get."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def post_init(self):
+        super().post_init()
+        # Before 5.21 a gathered output must divide by the number of ranks, which the released vocabulary of 128815
+        # does not. Only a head of its own can stay whole; a tied one is split with the embedding.
+        if Version(transformers.__version__) < Version("5.21") and not self.config.tie_word_embeddings:
+            self._tp_plan.pop("lm_head", None)
+
+    def predict(
+        self,
+        outputs: MoeModelOutputWithPast,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        output_router_logits: bool | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> dict:
+        """Logits where they are wanted, and the losses that are asked for."""
+        text_config = self.config.get_text_config()
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        else:
+            hidden_states = (
+                hidden_states[logits_to_keep] if logits_to_keep.ndim == 2 else hidden_states[:, logits_to_keep]
+            )
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"`labels` must have the shape {tuple(logits.shape[:-1])} of the logits, got {tuple(labels.shape)}."
+                )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+
+        aux_loss = None
+        if output_router_logits and outputs.router_logits:
+            token_mask = None
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
+            )
+            if loss is not None:
+                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return {"loss": loss, "aux_loss": aux_loss, "logits": logits}
+
+
+class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+    """The text decoder with a language-model head, for checkpoints of text alone or the text part of a whole one."""
+
+    config: Step3TextConfig
+    config_class = Step3TextConfig
+    input_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_"]
+
+    def __init__(self, config: Step3TextConfig):
+        super().__init__(config)
+        self.model = Step3TextModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
+                Token ids to predict, each from the tokens before it; -100 is left out of the loss.
+            output_router_logits (`bool`, *optional*):
+                Whether to return the router logits and the load-balancing loss, which then is part of the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                How many of the last positions to compute logits for (0 for all), or which ones.
+
+        The rest is as in [`Step3TextModel`].
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            **kwargs,
+        )
+        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            **prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+    """
+    The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
+    >>> model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
+    >>> content = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]
+    >>> inputs = processor.apply_chat_template(
+    ...     [{"role": "user", "content": content}],
+    ...     add_generation_prompt=True,
+    ...     tokenize=True,
+    ...     return_dict=True,
+    ...     return_tensors="pt",
+    ... )
+    >>> output = model.generate(**inputs, max_new_tokens=50)
+    ```
+    """
+
+    config_class = Step3VLConfig
+    _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: Step3VLConfig):
+        super().__init__(config)
+        self.model = Step3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See [`~Step3VLModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, patch_pixel_values, num_patches, **kwargs)
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
+    ) -> torch.BoolTensor:
+        """See [`~Step3VLModel.get_placeholder_mask`]."""
+        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Step3VLCausalLMOutputWithPast:
+        """Arguments are those of [`Step3VLModel`] and of [`Step3TextForCausalLM`]."""
+        if output_router_logits is None:
+            output_router_logits = self.config.text_config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            patch_pixel_values=patch_pixel_values,
+            num_patches=num_patches,
+            image_embeds=image_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
+        return Step3VLCausalLMOutputWithPast(
+            **prediction,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict:
+        """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
+        those whose tokens it holds."""
+        has_pictures = any(kwargs.get(name) is not None for name in self._picture_inputs)
+        num_new = next_sequence_length or input_ids.shape[1]
+        if has_pictures and past_key_values is not None and inputs_embeds is None and num_new > 1:
+            # What an assistant model begins with is not called its first iteration.
+            is_first_iteration = is_first_iteration or int(past_key_values.get_seq_length()) == 0
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in self._picture_inputs:
+                model_inputs.pop(name, None)
+        elif has_pictures and next_sequence_length:
+            ids = input_ids if inputs_embeds is None else None
+            image_token_mask = self.model.get_image_token_mask(ids, inputs_embeds)
+            cached = image_token_mask[:, :-num_new].sum(-1).tolist()
+            if any(cached):
+                image_features = self._pop_image_features(model_inputs)
+                if image_features.shape[0] != image_token_mask[:, -num_new:].sum():  # not the new tokens' alone
+                    rows = self._split_by_row(image_features, image_token_mask)
+                    image_features = torch.cat([row[skip:] for row, skip in zip(rows, cached, strict=True)])
+                if image_features.shape[0]:
+                    model_inputs["image_embeds"] = image_features
+        return model_inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """Repeats each row `expand_size` times, with the features of its own pictures, which are encoded once."""
+        image_features = self._pop_image_features(model_kwargs) if expand_size > 1 else None
+        if image_features is not None:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            image_token_mask = self.model.get_image_token_mask(
+                input_ids if inputs_embeds is None else None, inputs_embeds
+            )
+            rows = self._split_by_row(image_features, image_token_mask)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if image_features is not None:
+            model_kwargs["image_embeds"] = torch.cat([row for row in rows for _ in range(expand_size)])
+        return input_ids, model_kwargs
+
+    def _pop_image_features(self, model_inputs: dict) -> torch.Tensor | None:
+        """Takes the pictures, in whichever form they are, out of `model_inputs`: their features (rows, hidden_size)."""
+        pixel_values, patches, num_patches, image_embeds, encoded = (
+            model_inputs.pop(name, None) for name in self._picture_inputs
+        )
+        if pixel_values is not None:
+            image_embeds, _ = self.model.encode_pictures(pixel_values, patches, num_patches)
+        elif encoded:
+            image_embeds = torch.cat(list(encoded["image"].pooler_output))
+        return image_embeds
+
+    def _split_by_row(
+        self, image_features: torch.Tensor, image_token_mask: torch.BoolTensor
+    ) -> tuple[torch.Tensor, ...]:
+        self.model.check_image_tokens(image_token_mask, image_features)
+        return image_features.split(image_token_mask.sum(-1).tolist())
+
+
+Step3VisionModel.register_for_auto_class("AutoModel")
+Step3TextModel.register_for_auto_class("AutoModel")
+Step3VLModel.register_for_auto_class("AutoModel")
+Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+
+__all__ = [
+    "Step3TextForCausalLM",
+    "Step3TextModel",
+    "Step3VLForConditionalGeneration",
+    "Step3VLModel",
+    "Step3VLPreTrainedModel",
+    "Step3VisionModel",
+]

@@ -1,0 +1,542 @@
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pictures and prompts of Step3-VL: how a picture is viewed and cut, and the tokens it takes in the text."""
+
+import base64
+import math
+import os
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    make_flat_list_of_images,
+)
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from .configuration_step3 import num_image_tokens
+
+
+# A picture with a side below this and a more extreme aspect ratio is padded to a square.
+MIN_SIDE, MAX_PADDED_RATIO = 32, 4
+# Up to the global view's side a picture is cut only if more elongated than this, …
+MAX_WHOLE_RATIO = 1.5
+# … and beyond it, if more elongated than this, with windows no larger than its shorter side.
+MAX_WINDOW_RATIO = 4
+# A side that reaches further than this share of a window past the last whole one gets another window.
+MAX_REST = 0.2
+
+# How each PIL filter is called where floats are resized.
+INTERPOLATION_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
+
+# The chat format of the released model, for checkpoints that bring no template.
+CHAT_TEMPLATE = """\
+{{- bos_token if bos_token is defined and bos_token else '' }}
+{%- macro text_of(content) %}
+{%- if content is string %}{{ content }}
+{%- else %}
+{%- for part in content %}
+{%- if part['type'] in ('image', 'image_url') %}{{ '<im_patch>' }}
+{%- elif part['type'] == 'text' %}{{ part['text'] }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{%- endmacro %}
+{%- for message in messages %}
+{%- if message['role'] == 'system' and loop.first %}{{ text_of(message['content']) }}
+{%- elif message['role'] == 'assistant' %}
+{{- '<|BOT|>assistant\\n' }}
+{%- generation %}{{ text_of(message['content']) }}{{ '<|EOT|>' }}{% endgeneration %}
+{%- else %}{{ '<|BOT|>' + message['role'] + '\\n' }}{{ text_of(message['content']) }}{{ '<|EOT|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|BOT|>assistant\\n' }}{% endif %}
+"""
+
+
+@dataclass(frozen=True)
+class PicturePlan:
+    """
+    How a picture is viewed and cut; all sizes are `(width, height)` in pixels.
+
+    Args:
+        padded_size: The size after padding to a square, with the picture at the top left.
+        view_size: The size after that, once it is scaled down, from which the global view is made.
+        cut_size: The size that the patches are cut from.
+        window: Side of the squares that are cut, or 0 if there are none.
+        rows, columns: How many squares there are.
+    """
+
+    padded_size: tuple[int, int]
+    view_size: tuple[int, int]
+    cut_size: tuple[int, int]
+    window: int
+    rows: int
+    columns: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_newlines(self) -> int:
+        return max(self.rows - 1, 0)
+
+    @property
+    def newline_mask(self) -> list[bool]:
+        """For each patch, whether a newline token follows it: the last of each row but the last row."""
+        return [
+            column == self.columns - 1 and row < self.rows - 1
+            for row in range(self.rows)
+            for column in range(self.columns)
+        ]
+
+
+def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_side: int) -> PicturePlan:
+    """
+    Plans a picture of `width` × `height` pixels for global views of `view_side`² and patches of `patch_side`² pixels,
+    with the longer side at most `max_side`.
+
+    Raises:
+        `ValueError`: if the picture has no pixels, or would have to be padded to more than PIL takes for a picture.
+    """
+    if min(width, height) < 1:
+        raise ValueError(f"A picture must have at least one pixel a side, got {width} x {height}.")
+    if min(width, height) < MIN_SIDE and max(width, height) / min(width, height) > MAX_PADDED_RATIO:
+        side = max(width, height)
+        if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"A picture narrower than {MIN_SIDE} pixels is padded to a square, which must have at most "
+                f"{2 * Image.MAX_IMAGE_PIXELS} pixels (twice PIL's `Image.MAX_IMAGE_PIXELS`), got {width} x {height}."
+            )
+        width = height = side
+    padded_size = (width, height)
+
+    longer = max(width, height)
+    if longer > max_side:
+        scale = max_side / longer
+        # A ratio that survives the padding above leaves a pixel at least, unless `max_side` is tiny.
+        width, height = max(int(width * scale), 1), max(int(height * scale), 1)
+    view_size = (width, height)
+
+    shorter, longer = sorted(view_size)
+    if longer <= view_side:
+        window = shorter if longer / shorter > MAX_WHOLE_RATIO else 0
+    else:
+        window = min(shorter, patch_side) if longer / shorter > MAX_WINDOW_RATIO else patch_side
+    if window == 0:
+        return PicturePlan(padded_size, view_size, view_size, window=0, rows=0, columns=0)
+
+    def snap(side: int) -> int:
+        if side < window:
+            return side
+        windows = side // window
+        return window * (windows + (side / window - windows > MAX_REST))
+
+    cut_size = (snap(width), snap(height))
+    columns, rows = (math.ceil(side / window) for side in cut_size)
+    return PicturePlan(padded_size, view_size, cut_size, window, rows, columns)
+
+
+def to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """
+    Brings pixel values to `uint8`: integers up to 255 as they are, 16-bit integers by their upper byte, floats from
+    [0, 1], or from [0, 255] if any is above 1.
+
+    Raises:
+        `ValueError`: if a value is negative, too large or not a real number.
+    """
+    if pixels.dtype.kind not in "biuf":
+        raise ValueError(f"Pixel values must be real numbers, got {pixels.dtype}.")
+    if pixels.dtype == np.uint8 or pixels.size == 0:
+        return pixels.astype(np.uint8)
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.uint8) * 255
+    lowest, highest = pixels.min(), pixels.max()
+    is_float = np.issubdtype(pixels.dtype, np.floating)
+    if not 0 <= lowest <= highest <= (255 if is_float else 65535):
+        raise ValueError(
+            "Pixel values must lie in [0, 1] or [0, 255] as floats, or in [0, 255] or [0, 65535] as integers, got "
+            f"{pixels.dtype} values from {lowest} to {highest}."
+        )
+    if is_float:
+        return np.rint(pixels * (255 if highest <= 1 else 1)).astype(np.uint8)
+    return (pixels >> 8 if pixels.dtype == np.uint16 or highest > 255 else pixels).astype(np.uint8)
+
+
+class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    patch_size (`int`, *optional*, defaults to 504):
+        Side of a patch in pixels, once it is resized.
+    max_image_size (`int`, *optional*, defaults to 3024):
+        Longest side of a picture in pixels; a larger picture is scaled down.
+    vision_patch_size (`int`, *optional*, defaults to 14):
+        The vision encoder's `patch_size`.
+    projector_stride (`int`, *optional*, defaults to 2):
+        The model's `understand_projector_stride`.
+    """
+
+    patch_size: int
+    max_image_size: int
+    vision_patch_size: int
+    projector_stride: int
+
+
+class Step3VLImageProcessor(PilBackend):
+    r"""
+    Makes the vision inputs of Step3-VL. Each picture gives a global view and, if it is large or elongated, patches cut
+    from it in rows. Both are normalised, then resized as floats.
+
+    Args:
+        size (`dict[str, int]`, defaults to `{"height": 728, "width": 728}`):
+            Size of the global view in pixels; a square.
+        image_mean, image_std (`list[float]`): Per channel; those of CLIP.
+        do_convert_rgb, do_rescale, do_normalize (`bool`, defaults to `True`): Steps to take.
+        rescale_factor (`float`, defaults to 1/255): What pixel values are multiplied by.
+        resample (`PILImageResampling`, defaults to `BILINEAR`): `BILINEAR` or `BICUBIC`.
+
+    and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a
+    global view and of a patch, follow from them and are saved with them.
+    """
+
+    valid_kwargs = Step3VLImageProcessorKwargs
+    model_input_names = ["pixel_values", "patch_pixel_values", "num_patches"]
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    size = {"height": 728, "width": 728}
+    patch_size = 504
+    max_image_size = 3024
+    vision_patch_size = 14
+    projector_stride = 2
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+
+    def __init__(self, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+        self.num_image_tokens = self.num_tokens(self.size.height)
+        self.num_patch_tokens = self.num_tokens(self.patch_size)
+
+    def num_tokens(self, side: int) -> int:
+        """Number of image tokens of a square of `side` pixels."""
+        return num_image_tokens(side, self.vision_patch_size, self.projector_stride)
+
+    def _validate_preprocess_kwargs(self, size=None, do_resize=None, resample=None, **kwargs):
+        super()._validate_preprocess_kwargs(size=size, do_resize=do_resize, resample=resample, **kwargs)
+        if not do_resize:
+            raise ValueError("`do_resize` must be true: the views of a batch have one size.")
+        if resample not in INTERPOLATION_MODES:
+            raise ValueError(f"`resample` must be bilinear (2) or bicubic (3), got {resample!r}.")
+        if not isinstance(size, SizeDict) or not size.height or size.height < 1 or size.height != size.width:
+            raise ValueError(f"`size` must be a square, as positive `height` and `width`, got {size}.")
+        for name in ("patch_size", "max_image_size", "vision_patch_size", "projector_stride"):
+            if not isinstance(kwargs[name], int) or kwargs[name] < 1:
+                raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
+        for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
+            values = kwargs.get(name)
+            if kwargs.get("do_normalize") and not all(lowest < value < math.inf for value in np.ravel(values)):
+                raise ValueError(f"`{name}` must be finite numbers{' above 0' * (lowest == 0)}, got {values!r}.")
+
+    def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
+        """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
+        size = kwargs.get("size") or self.size
+        return plan_picture(
+            width,
+            height,
+            view_side=size["height"],
+            patch_side=kwargs.get("patch_size") or self.patch_size,
+            max_side=kwargs.get("max_image_size") or self.max_image_size,
+        )
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """How many patches a picture of `height` × `width` pixels gives; serving engines ask for it."""
+        return self.plan(width, height, **(images_kwargs or {})).num_patches
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are."""
+        if isinstance(image_url_or_urls, (str, Path)) and os.path.isfile(image_url_or_urls):
+            with Image.open(image_url_or_urls) as image:
+                image.load()
+                return image
+        if isinstance(image_url_or_urls, Path):
+            raise FileNotFoundError(f"There is no picture at {image_url_or_urls}.")
+        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:image/"):
+            with Image.open(BytesIO(base64.b64decode(image_url_or_urls.partition(",")[2]))) as image:
+                image.load()
+                return image
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: ImageInput,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        image_mean: tuple[float, ...] | None = None,
+        **kwargs,
+    ) -> Image.Image:
+        """
+        Makes a PIL picture, upright and of 8 bits a channel, from a PIL picture, an array or a tensor; in RGB, unless
+        `do_convert_rgb` is false or `image_mean` is of another number of channels.
+
+        Raises:
+            `ValueError`: if it is none of these, or its shape or values are not a picture's.
+        """
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                image = Image.fromarray(to_8_bit(np.asarray(image)))
+        else:
+            if isinstance(image, torch.Tensor):  # NumPy has no bfloat16
+                image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
+            pixels = np.asarray(image)
+            if pixels.ndim == 3:
+                layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
+                if layout == ChannelDimension.FIRST:
+                    pixels = np.moveaxis(pixels, 0, -1)
+                if pixels.shape[-1] == 1:
+                    pixels = pixels[..., 0]
+            elif pixels.ndim != 2:
+                raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
+            if 0 in pixels.shape:
+                raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
+            image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
+        wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
+        return image.convert("RGB") if wants_rgb else image
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        size: SizeDict,
+        patch_size: int,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: tuple[float, ...],
+        image_std: tuple[float, ...],
+        return_tensors: str | None,
+        **kwargs,
+    ) -> BatchFeature:
+        def finish(groups: list[torch.Tensor], side: int) -> torch.Tensor:
+            """Rescales, normalises and resizes squares (n, channels, ·, ·) to `side`, those of one size together."""
+            by_size = {}
+            for index, group in enumerate(groups):
+                by_size.setdefault(group.shape[1:], []).append(index)
+            finished = [None] * len(groups)
+            for indices in by_size.values():
+                pixels = torch.cat([groups[index] for index in indices]).to(torch.float32)
+                if do_rescale:
+                    pixels = pixels * rescale_factor
+                if do_normalize:
+                    if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
+                        raise ValueError(
+                            f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} "
+                            f"channels, got {image_mean} and {image_std}."
+                        )
+                    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image_mean, image_std))
+                    pixels = (pixels - mean) / std
+                if pixels.shape[-2:] != (side, side):
+                    mode = INTERPOLATION_MODES[resample]
+                    pixels = torch.nn.functional.interpolate(
+                        pixels, size=(side, side), mode=mode, antialias=True, align_corners=False
+                    )
+                for index, part in zip(indices, pixels.split([len(groups[index]) for index in indices]), strict=True):
+                    finished[index] = part
+            return torch.cat(finished)
+
+        views, patches, plans = [], [], []
+        for image in images:
+            plan = self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=kwargs["max_image_size"])
+            plans.append(plan)
+            if plan.padded_size != image.size:
+                image = image.crop((0, 0, *plan.padded_size))
+            if plan.view_size != image.size:
+                image = image.resize(plan.view_size, resample)
+            views.append(to_tensor(image)[None])
+            if plan.num_patches:
+                if plan.cut_size != image.size:
+                    image = image.resize(plan.cut_size, resample)
+                image = image.crop((0, 0, plan.columns * plan.window, plan.rows * plan.window))
+                squares = to_tensor(image).unflatten(1, (plan.rows, -1)).unflatten(3, (plan.columns, -1))
+                patches.append(squares.permute(1, 3, 0, 2, 4).flatten(0, 1))
+
+        data = {"pixel_values": finish(views, size.height), "num_patches": [plan.num_patches for plan in plans]}
+        if patches:
+            data["patch_pixel_values"] = finish(patches, patch_size)
+            data["patch_newline_mask"] = [newline for plan in plans for newline in plan.newline_mask]
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The pixels of a PIL picture as `uint8`, (channels, height, width)."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+
+class Step3VLProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: Step3VLImageProcessorKwargs
+    _defaults = {}  # read by the oldest supported transformers
+
+
+class Step3VLProcessor(ProcessorMixin):
+    r"""
+    Makes the inputs of Step3-VL from text and pictures. One `<im_patch>` in the text stands for one picture and becomes
+    the tokens that the picture takes: its patches in rows, then its global view.
+
+    Args:
+        image_processor ([`Step3VLImageProcessor`]): Makes the vision inputs.
+        tokenizer ([`PreTrainedTokenizerBase`]): Must know the six picture tokens.
+        chat_template (`str`, *optional*): Jinja template of a conversation; the tokenizer's, or else a plain one of the
+            released format, unless given.
+
+    Raises:
+        `ValueError`: if the tokenizer lacks a picture token.
+    """
+
+    valid_processor_kwargs = Step3VLProcessorKwargs
+    image_token = "<im_patch>"
+    image_start_token, image_end_token = "<im_start>", "<im_end>"
+    patch_start_token, patch_end_token, patch_newline_token = "<patch_start>", "<patch_end>", "<patch_newline>"
+
+    def __init__(self, image_processor, tokenizer, chat_template: str | None = None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        self.chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
+        self.auto_map = {"AutoProcessor": "processing_step3.Step3VLProcessor"}
+        vocabulary = tokenizer.get_vocab()
+        tokens = (self.image_token, self.image_start_token, self.image_end_token)
+        tokens += (self.patch_start_token, self.patch_end_token, self.patch_newline_token)
+        if missing := [token for token in tokens if token not in vocabulary]:
+            raise ValueError(f"`tokenizer` must know the tokens of a picture, and lacks {', '.join(missing)}.")
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        # All that a picture takes in the text, which is what `mm_token_type_ids` marks and serving engines count.
+        self.image_token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        """As for any processor; but the released checkpoints describe no image processor, and mean the default one."""
+        if "image_processor" not in (processor_dict or {}):
+            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            path = cached_file(
+                pretrained_model_name_or_path,
+                IMAGE_PROCESSOR_NAME,
+                _raise_exceptions_for_missing_entries=False,
+                **options,
+            )
+            if path is None:
+                tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+                return [Step3VLImageProcessor(), tokenizer]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["patch_newline_mask"]
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """
+        As for any processor, and no pictures may be given as an empty list.
+
+        Raises:
+            `ValueError`: if the text is empty or no text, or there are videos or sound.
+        """
+        samples = [text] if isinstance(text, str) else text
+        if text is not None and not (
+            isinstance(samples, (list, tuple)) and samples and all(isinstance(s, str) and s for s in samples)
+        ):
+            raise ValueError(f"`text` must be a string or a list of strings, none of them empty, got {text!r}.")
+        if videos is not None or audio is not None:
+            raise ValueError("Step3-VL takes pictures and text, got `videos` or `audio`.")
+        if isinstance(images, (list, tuple)) and not any(
+            not isinstance(entry, (list, tuple)) or len(entry) for entry in images
+        ):
+            images = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """
+        Checks that the text has one `<im_patch>` for each picture, and each sample as many as its own list of pictures.
+
+        Raises:
+            `ValueError`: if it does not, or there is neither text nor pictures.
+        """
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"`text` must be a string or a list of strings, got {[type(s).__name__ for s in text]}.")
+        wanted = [sample.count(self.image_token) for sample in text]
+        if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+            given = [len(entry) if isinstance(entry, (list, tuple)) else 1 for entry in images]
+            matches = given == wanted
+        else:
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            matches = given == sum(wanted)
+        if not matches:
+            raise ValueError(
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of `images`, "
+                f"sample by sample where these are nested: found {wanted} tokens and {given} images."
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The tokens that picture `image_idx` takes in the text."""
+        counts = [int(count) for count in image_inputs["num_patches"]]
+        first = sum(counts[:image_idx])
+        text = ""
+        if counts[image_idx]:
+            num_tokens = self.image_processor.num_tokens(image_inputs["patch_pixel_values"].shape[-1])
+            patch = self.patch_start_token + self.image_token * num_tokens + self.patch_end_token
+            for newline in image_inputs["patch_newline_mask"][first : first + counts[image_idx]]:
+                text += patch + (self.patch_newline_token if newline else "")
+        num_tokens = self.image_processor.num_tokens(image_inputs["pixel_values"].shape[-1])
+        return text + self.image_start_token + self.image_token * num_tokens + self.image_end_token
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
+        """How many tokens and patches pictures of these sizes, `(height, width)` in pixels, will take."""
+        if image_sizes is None:
+            return MultiModalData()
+        image_processor = self.image_processor
+        side = (kwargs.get("size") or image_processor.size)["height"]
+        num_image_tokens = image_processor.num_tokens(side)
+        num_patch_tokens = image_processor.num_tokens(kwargs.get("patch_size") or image_processor.patch_size)
+        plans = [image_processor.plan(width, height, **kwargs) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[
+                plan.num_patches * (num_patch_tokens + 2) + plan.num_newlines + num_image_tokens + 2 for plan in plans
+            ],
+            num_image_patches=[plan.num_patches for plan in plans],
+        )
+
+
+Step3VLImageProcessor.register_for_auto_class("AutoImageProcessor")
+Step3VLProcessor.register_for_auto_class("AutoProcessor")
+
+
+__all__ = ["Step3VLImageProcessor", "Step3VLProcessor"]
