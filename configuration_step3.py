@@ -313,6 +313,14 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             entries = entries.strip().split(",")
         return sorted({int(entry) for entry in entries})
 
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens that there are positions for, rotary scaling counted in; `None` where it adapts to any length."""
+        if self.rope_parameters["rope_type"] == "dynamic":
+            return None
+        original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embedding
+        return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
+
     def validate_architecture(self):
         """Checks that every size is positive and that heads, experts and layer indices agree."""
         _check_at_least(self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")

@@ -17,12 +17,14 @@ Read from top to bottom, in the order data flows: the names on disk, the vision 
 together, the language-model heads.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -139,6 +141,55 @@ ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHead
 ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
 
 
+def _check_values(condition: torch.Tensor, message: Callable[[], str]) -> None:
+    """Raises a `ValueError` unless all of `condition` holds. This waits for the device: not in a decoding step."""
+    if type(condition) is torch.Tensor and condition.device.type != "meta":  # a fake tensor has no values either
+        torch_compilable_check(condition.all(), message)
+
+
+def _check_on_device(condition: torch.Tensor, message: str) -> None:
+    """The same without waiting: a `RuntimeError` on a CPU, and a device-side assertion on a GPU."""
+    if condition.device.type != "meta":
+        torch._assert_async(condition.all(), message)
+
+
+def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
+        raise ValueError(
+            "`input_ids` must be whole numbers of shape (batch, tokens) with at least one token, got "
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
+        )
+    if input_ids.shape[1] > 1:
+        _check_values(
+            (input_ids >= 0) & (input_ids < vocab_size),
+            lambda: (
+                f"`input_ids` must lie between 0 and {vocab_size - 1}, got {int(input_ids.min())} to "
+                f"{int(input_ids.max())}."
+            ),
+        )
+
+
+def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {hidden_size}) with at least one token, got "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+
+
+def _check_attention_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    if (
+        query.shape[0] != key.shape[0]
+        or query.shape[1] % key.shape[1]
+        or query.shape[3] != key.shape[3]
+        or key.shape[:3] != value.shape[:3]
+    ):
+        raise ValueError(
+            "Queries (batch, heads, queries, head_dim) do not go with keys and values (batch, key/value heads, keys, "
+            f"head_dim): got {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}."
+        )
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -156,7 +207,11 @@ def eager_attention_forward(
     The query heads that share a key/value head become rows of one product, so that no head is copied for each of them.
     Returns the output (batch, queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). The
     softmax is taken in float32 at least.
+
+    Raises:
+        `ValueError`: if the shapes do not go together.
     """
+    _check_attention_shapes(query, key, value)
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_key_value_heads = key.shape[1]
 
@@ -181,6 +236,7 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
+        _check_attention_shapes(query, key, value)
         batch_size, num_heads, num_queries, head_dim = query.shape
         num_key_value_heads = key.shape[1]
         if num_queries == 1:
@@ -655,6 +711,14 @@ class Step3TextExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+        # Before any hook of a rank that holds some of the experts, which has its own numbers for them.
+        self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
+
+    def check_indices(self, inputs: tuple[torch.Tensor, ...], num_experts: int) -> None:
+        """An index beyond the experts is an error; that of a single token comes from the router."""
+        if len(inputs) > 1 and inputs[1].shape[0] > 1:
+            message = f"Indices of experts must lie between 0 and {num_experts - 1}."
+            _check_on_device((inputs[1] >= 0) & (inputs[1] < num_experts), message)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -762,6 +826,116 @@ class Step3TextModel(Step3VLPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def check_inputs(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> None:
+        """
+        Checks everything before the cache is written to. Values are looked at for several tokens; for a single one
+        shapes and lengths are, and what is on the device is asserted there.
+
+        Raises:
+            `ValueError`: if an argument's shape does not fit the others or the model, or there are more tokens than the
+            cache or the positions allow.
+        """
+        _check_embeddings(inputs_embeds, self.config.hidden_size)
+        batch_size, num_new, _ = inputs_embeds.shape
+        is_decoding = num_new == 1
+        cached, room = 0, None
+        if past_key_values is not None:
+            self.check_cache(past_key_values, batch_size)
+            cached = past_key_values.get_seq_length()
+            room = past_key_values.get_max_length()
+        total = cached + num_new
+        for limit, owner in (
+            (room, "the cache's"),
+            (self.config.longest_sequence, "`max_position_embedding`, scaling counted in,"),
+        ):
+            if limit is None or limit < 0:
+                continue
+            if isinstance(total, torch.Tensor) and (is_decoding or torch.compiler.is_compiling()):
+                _check_on_device(total <= limit, f"There is no room for another token: {owner} {limit} are taken.")
+            elif isinstance(total, torch.Tensor):
+                _check_values(
+                    total <= limit,
+                    lambda limit=limit, owner=owner: (
+                        f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}."
+                    ),
+                )
+            elif total > limit:
+                raise ValueError(f"{cached} cached and {num_new} new tokens are more than {owner} {limit}.")
+
+        if position_ids is not None:
+            limit = self.config.longest_sequence or torch.iinfo(torch.int32).max
+            shape = tuple(position_ids.shape)
+            if len(shape) != 2 or (shape[0] != 1 and shape[0] != batch_size) or shape[1] != num_new:
+                raise ValueError(
+                    f"`position_ids` must have the shape ({batch_size}, {num_new}) of the tokens, got {shape}."
+                )
+            is_in_range = (position_ids >= 0) & (position_ids < limit)
+            text = f"`position_ids` must lie between 0 and {limit - 1}"
+            if is_decoding:
+                _check_on_device(is_in_range, f"{text}.")
+            else:
+                _check_values(
+                    is_in_range,
+                    lambda: f"{text}, got {int(position_ids.min())} to {int(position_ids.max())}.",
+                )
+
+        mask = attention_mask
+        if isinstance(mask, dict):
+            if "full_attention" not in mask:
+                raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
+            mask = mask["full_attention"]
+        if isinstance(mask, torch.Tensor):
+            shape = tuple(mask.shape)
+            if mask.ndim == 2:
+                is_long_enough = shape[1] >= num_new if room is not None and room > 0 else shape[1] == total
+                fits = shape[0] == batch_size and is_long_enough
+            else:
+                fits = mask.ndim == 4 and (shape[0] == 1 or shape[0] == batch_size) and shape[2] == num_new
+            if not fits:
+                raise ValueError(
+                    "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new "
+                    f"tokens, keys) for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
+                )
+
+    def mask_one_token(
+        self, attention_mask: torch.Tensor, dtype: torch.dtype, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """
+        What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
+        transformers' own masks wait for the device, to learn whether there is any padding.
+        """
+        mask = attention_mask.bool()
+        room = -1 if past_key_values is None else past_key_values.get_max_length()
+        if room > 0:  # a static cache, whose keys reach beyond the tokens so far
+            mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
+            mask = mask & (torch.arange(room, device=mask.device) <= past_key_values.get_seq_length())
+        mask = mask[:, None, None]
+        if self.config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+    def check_cache(self, past_key_values: Cache, batch_size: int) -> None:
+        """
+        Raises:
+            `ValueError`: if the cache holds keys of another model or another batch.
+        """
+        filled = [layer for layer in past_key_values.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        filled = [layer for layer in filled if layer.keys.ndim == 4]
+        num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
+        shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
+        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers):
+            raise ValueError(
+                f"`past_key_values` must be a cache of this model, with {num_layers} layers of keys for a batch of "
+                f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
+                f"{sorted(shapes)}."
+            )
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -792,7 +966,9 @@ class Step3TextModel(Step3VLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
+            _check_token_ids(input_ids, self.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
+        self.check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -803,11 +979,14 @@ class Step3TextModel(Step3VLPreTrainedModel):
             position_ids = position_ids.unsqueeze(0)
 
         if isinstance(attention_mask, dict):
-            if "full_attention" not in attention_mask:
-                raise ValueError(
-                    f"A dictionary of attention masks must hold `full_attention`, got {sorted(attention_mask)}."
-                )
             causal_mask = attention_mask["full_attention"]
+        elif (
+            inputs_embeds.shape[1] == 1
+            and isinstance(attention_mask, torch.Tensor)
+            and attention_mask.ndim == 2
+            and self.config._attn_implementation in ("eager", "sdpa")
+        ):
+            causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, past_key_values)
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
@@ -883,7 +1062,12 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
-        grid_size = int(hidden_states.shape[1] ** 0.5)
+        grid_size = math.isqrt(hidden_states.shape[1])
+        if grid_size**2 != hidden_states.shape[1] or grid_size < 2:
+            raise ValueError(
+                "The encoder's rows must make up a square of at least 2 x 2, got the shape "
+                f"{tuple(hidden_states.shape)}."
+            )
         feature_map = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))
         feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
@@ -1040,16 +1224,31 @@ class Step3VLModel(Step3VLPreTrainedModel):
             raise ValueError("`patch_pixel_values` and `num_patches` belong to `pixel_values`, which is missing.")
 
         if inputs_embeds is None:
+            _check_token_ids(input_ids, self.config.text_config.vocab_size)
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        _check_embeddings(inputs_embeds, self.config.text_config.hidden_size)
 
         if pixel_values is not None:
             image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
         elif encoded is not None:
             image_embeds = torch.cat(list(encoded.pooler_output))
         if image_embeds is not None:
+            width = inputs_embeds.shape[2]
+            if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 2 or image_embeds.shape[1] != width:
+                given = tuple(getattr(image_embeds, "shape", ())) or type(image_embeds).__name__
+                raise ValueError(f"`image_embeds` must be a tensor of shape (rows, {width}), got {given}.")
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            # What follows cached tokens may hold an image token that the model itself came up with.
+            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if isinstance(cached, int) and cached == 0:
+                image_token_mask = self.get_image_token_mask(input_ids, None)
+                _check_values(
+                    ~image_token_mask,
+                    lambda: f"The text has {int(image_token_mask.sum())} image tokens, but there are no pictures.",
+                )
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -1105,6 +1304,10 @@ class Step3LanguageModelHead:
 
         loss = None
         if labels is not None:
+            if labels.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"`labels` must have the shape {tuple(logits.shape[:-1])} of the logits, got {tuple(labels.shape)}."
+                )
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None

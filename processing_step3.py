@@ -122,12 +122,18 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
     with the longer side at most `max_side`.
 
     Raises:
-        `ValueError`: if the picture has no pixels.
+        `ValueError`: if the picture has no pixels, or would have to be padded to more than PIL takes for a picture.
     """
     if min(width, height) < 1:
         raise ValueError(f"A picture must have at least one pixel a side, got {width} x {height}.")
     if min(width, height) < MIN_SIDE and max(width, height) / min(width, height) > MAX_PADDED_RATIO:
-        width = height = max(width, height)
+        side = max(width, height)
+        if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"A picture narrower than {MIN_SIDE} pixels is padded to a square, which must have at most "
+                f"{2 * Image.MAX_IMAGE_PIXELS} pixels (twice PIL's `Image.MAX_IMAGE_PIXELS`), got {width} x {height}."
+            )
+        width = height = side
     padded_size = (width, height)
 
     longer = max(width, height)
@@ -162,8 +168,10 @@ def to_8_bit(pixels: np.ndarray) -> np.ndarray:
     [0, 1], or from [0, 255] if any is above 1.
 
     Raises:
-        `ValueError`: if a value is negative, too large or not a number.
+        `ValueError`: if a value is negative, too large or not a real number.
     """
+    if pixels.dtype.kind not in "biuf":
+        raise ValueError(f"Pixel values must be real numbers, got {pixels.dtype}.")
     if pixels.dtype == np.uint8 or pixels.size == 0:
         return pixels.astype(np.uint8)
     if pixels.dtype == np.bool_:
@@ -252,6 +260,10 @@ class Step3VLImageProcessor(PilBackend):
         for name in ("patch_size", "max_image_size", "vision_patch_size", "projector_stride"):
             if not isinstance(kwargs[name], int) or kwargs[name] < 1:
                 raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
+        for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
+            values = kwargs.get(name)
+            if kwargs.get("do_normalize") and not all(lowest < value < math.inf for value in np.ravel(values)):
+                raise ValueError(f"`{name}` must be finite numbers{' above 0' * (lowest == 0)}, got {values!r}.")
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
         """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
@@ -344,6 +356,11 @@ class Step3VLImageProcessor(PilBackend):
                 if do_rescale:
                     pixels = pixels * rescale_factor
                 if do_normalize:
+                    if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
+                        raise ValueError(
+                            f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} "
+                            f"channels, got {image_mean} and {image_std}."
+                        )
                     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image_mean, image_std))
                     pixels = (pixels - mean) / std
                 if pixels.shape[-2:] != (side, side):
@@ -442,6 +459,26 @@ class Step3VLProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         return ["patch_newline_mask"]
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """
+        As for any processor, and no pictures may be given as an empty list.
+
+        Raises:
+            `ValueError`: if the text is empty or no text, or there are videos or sound.
+        """
+        samples = [text] if isinstance(text, str) else text
+        if text is not None and not (
+            isinstance(samples, (list, tuple)) and samples and all(isinstance(s, str) and s for s in samples)
+        ):
+            raise ValueError(f"`text` must be a string or a list of strings, none of them empty, got {text!r}.")
+        if videos is not None or audio is not None:
+            raise ValueError("Step3-VL takes pictures and text, got `videos` or `audio`.")
+        if isinstance(images, (list, tuple)) and not any(
+            not isinstance(entry, (list, tuple)) or len(entry) for entry in images
+        ):
+            images = None
+        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """
