@@ -95,17 +95,22 @@ def table(shares: dict[str, dict[str, float]]) -> str:
 
 
 def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
-    """Pictures with a question, the answer and the truth, wrong answers first."""
-    chosen = sorted(answers, key=lambda answer: answer.is_right)[:limit]
-    width, height, columns = 420, 400, 4
+    """Pictures with a question, the answer and the truth: wrong answers first, then some of the right ones."""
+    chosen = [answer for answer in answers if not answer.is_right][:limit]
+    room = limit - len(chosen)
+    if room > 0:
+        right = [answer for answer in answers if answer.is_right]
+        chosen += right[:: max(len(right) // room, 1)][:room]
+    width, height, columns = 500, 590, 4
     sheet = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
     pen = ImageDraw.Draw(sheet)
     for i, answer in enumerate(chosen):
         x, y = i % columns * width, i // columns * height
-        sheet.paste(answer.scene.image, (x + 5, y + 5))
+        sheet.paste(answer.scene.image, (x + 10, y + 10))
         lines = [answer.question, f"answer: {answer.answer}", f"truth:  {answer.truth}"]
-        wrapped = [part for line in lines for part in textwrap.wrap(line, 66)]
-        pen.multiline_text((x + 5, y + 345), "\n".join(wrapped), fill="black" if answer.is_right else "crimson")
+        wrapped = [part for line in lines for part in textwrap.wrap(line, 78)]
+        colour = "black" if answer.is_right else "crimson"
+        pen.multiline_text((x + 10, y + 20 + answer.scene.image.height), "\n".join(wrapped), fill=colour)
     return sheet
 
 
