@@ -18,10 +18,10 @@ together, the language-model heads.
 """
 
 import math
+import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -367,22 +367,53 @@ class Step3VisionTransformer(nn.Module):
         return hidden_states
 
 
+class StoredWeight:
+    """
+    A weight in a safetensors file, which is mapped anew for each weight that is read: so the pages of one that becomes
+    part of a fused weight are given back with it, and not only once all is loaded.
+    """
+
+    def __init__(self, path: str, name: str, shape: list[int], dtype: str):
+        self.path, self.name, self.shape, self.dtype = path, name, shape, dtype
+
+    @classmethod
+    def of_file(cls, path: str) -> list["StoredWeight"]:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return [cls(path, name, entry.get_shape(), entry.get_dtype()) for name, entry in slices.items()]
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            weight = file.get_slice(self.name)[index]
+        # Fetched from the disk here, in a thread of its own, and not where it is fused.
+        weight.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
+        return weight
+
+
 class DequantizedWeight:
     """
-    A weight in a file, read only when it is indexed: as it is, or if it is fp8 as the product with the scales of its
-    blocks of `block_size` (rows, columns), in `dtype`.
+    A [`StoredWeight`] as it is or, if it is fp8, its product with the scales of its blocks of `block_size` (rows,
+    columns), in `dtype`.
 
     Raises:
         `ValueError`: if it is fp8 and has no scales.
     """
 
-    def __init__(self, name: str, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
+    def __init__(
+        self, weight: StoredWeight, scale: StoredWeight | None, block_size: tuple[int, int], dtype: torch.dtype
+    ):
         self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
-        if scale is None and "F8_E4M3" in str(weight.get_dtype() if hasattr(weight, "get_dtype") else weight.dtype):
-            raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
+        if scale is None and weight.dtype == "F8_E4M3":
+            raise ValueError(f"{weight.name} is fp8, but the checkpoint has no {weight.name}_scale_inv.")
 
     def get_shape(self) -> list[int]:
-        return self.weight.get_shape()
+        return self.weight.shape
 
     def __getitem__(self, index) -> torch.Tensor:
         if self.scale is None:
@@ -468,27 +499,30 @@ class Step3VLPreTrainedModel(PreTrainedModel):
             checkpoint_files = [path for path in checkpoint_files if os.path.basename(path) in files]
         load = super(Step3VLPreTrainedModel, Step3VLPreTrainedModel)._load_pretrained_model
         quantizer = load_config.hf_quantizer
-        if quantizer is None or not quantizer.pre_quantized or quantizer.quantization_config.quant_method != "fp8":
+        is_fp8 = (
+            quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method == "fp8"
+        )
+        devices = set(map(str, (load_config.device_map or {"": "cpu"}).values()))
+        stays_here = devices == {"cpu"} and load_config.device_mesh is None
+        if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors") or not (is_fp8 or stays_here):
             return load(model, state_dict, checkpoint_files, load_config, expected_keys)
 
-        with ExitStack() as stack:
-            weights = state_dict
-            if weights is None:
-                files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
-                weights = {name: file.get_slice(name) for file in files for name in file.keys()}
-            if not quantizer.quantization_config.dequantize:
-                _keep_unquantized_modules(model, weights, load_config)
-                return load(model, state_dict, checkpoint_files, load_config, expected_keys)
-            block_size, dtype = quantizer.quantization_config.weight_block_size, load_config.dtype
-            weights = {
-                name: DequantizedWeight(name, weight, weights.get(f"{name}_scale_inv"), block_size, dtype)
-                for name, weight in weights.items()
-                if not name.endswith("_scale_inv")
-            }
-            renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-            converters = [e for e in get_model_conversion_mapping(model) if isinstance(e, WeightConverter)]
-            load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
+        weights = {weight.name: weight for path in checkpoint_files for weight in StoredWeight.of_file(path)}
+        if not is_fp8:
             return load(model, weights, None, load_config, expected_keys)
+        if not quantizer.quantization_config.dequantize:
+            _keep_unquantized_modules(model, weights, load_config)
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        block_size, dtype = quantizer.quantization_config.weight_block_size, load_config.dtype
+        weights = {
+            name: DequantizedWeight(weight, weights.get(f"{name}_scale_inv"), block_size, dtype)
+            for name, weight in weights.items()
+            if not name.endswith("_scale_inv")
+        }
+        renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+        load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
+        return load(model, weights, None, load_config, expected_keys)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""

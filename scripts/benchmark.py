@@ -28,10 +28,10 @@ WIDTHS = {
     "share_expert_dim": 1024,
 }
 LAYER_BYTES = 2 * 3 * WIDTHS["moe_num_experts"] * WIDTHS["hidden_size"] * WIDTHS["moe_intermediate_size"]
-# What a fresh process does with a directory of weights. Every page is touched, as weights are mapped, not read. Memory
-# is counted without the pages of the files themselves, which the system takes back as it likes.
+# What a fresh process does with a directory of weights that are on the disk, not in memory. Every page is touched, as
+# weights may be mapped, not read. Memory is counted with and without pages of the files, which the system takes back.
 READ = """
-import json, resource, sys, threading, time
+import json, os, sys, threading, time
 import torch
 from pathlib import Path
 from safetensors.torch import load_file
@@ -39,13 +39,18 @@ import step3_vl
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 logging.disable_progress_bar()
-def private_bytes():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+def bytes_used():
+    lines = (line.split() for line in open("/proc/self/status"))
+    used = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "VmRSS:")}
+    return used["RssAnon:"], used["VmRSS:"]
 def watch():
     while not done:
-        peak.append(private_bytes())
+        used.append(bytes_used())
         time.sleep(0.005)
-before, peak, done = private_bytes(), [], False
+for path in Path(sys.argv[2]).glob("*.safetensors"):
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+before, used, done = bytes_used(), [], False
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
@@ -60,7 +65,8 @@ seconds = time.perf_counter() - start
 done = True
 watcher.join()
 size = sum(tensor.nbytes for tensor in tensors)
-print(json.dumps({"seconds": seconds, "memory": (max(peak) - before) / size}))
+private, total = ((max(peak) - start) / size for peak, start in zip(zip(*used), before))
+print(json.dumps({"seconds": seconds, "private": private, "total": total}))
 """
 
 
@@ -79,10 +85,12 @@ def seconds_of(*command) -> float:
 
 def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str, list[float]]:
     """
-    Seconds of `cp`, a rewrite into other shards and an adoption; of reading the weights with safetensors alone and with
-    `from_pretrained`; and its memory as a multiple of the weights. Interleaved.
+    Seconds of `cp`, which leaves it to the system when its copy gets to the disk, of `cp` until it is there, a rewrite
+    into other shards and an adoption; of reading the weights with safetensors alone and with `from_pretrained`; and
+    memory as a multiple of the weights. Interleaved.
     """
-    measured = {name: [] for name in ("cp", "rewrite", "adopt", "safetensors", "from_pretrained", "memory")}
+    names = ("cp", "cp and sync", "rewrite", "adopt", "safetensors", "from_pretrained", "private memory", "memory")
+    measured = {name: [] for name in names}
     convert = (sys.executable, SCRIPTS / "convert_checkpoint.py")
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         folder = Path(folder)
@@ -97,17 +105,20 @@ def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str,
         run("rm", "-r", folder / "whole")
         tasks = {
             "cp": ("cp", "-r", source, target),
+            "cp and sync": ("sh", "-c", f"cp -r '{source}' '{target}' && sync '{target}'/*"),
             "rewrite": (*convert, source, target, "--max-shard-size", "700MB"),
             "adopt": (*convert, source, target),
         }
         for _ in tqdm(range(repeats), desc="Measuring"):
             for name, command in tasks.items():
+                run("sync")
                 measured[name].append(seconds_of(*command))
                 run("rm", "-r", target)
             for name in ("safetensors", "from_pretrained"):
                 result = json.loads(run(sys.executable, "-W", "ignore", "-c", READ, name, source))
                 measured[name].append(result["seconds"])
-            measured["memory"].append(result["memory"])
+            measured["private memory"].append(result["private"])
+            measured["memory"].append(result["total"])
     return measured
 
 
@@ -123,11 +134,13 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in measured.items()}
     print(f"{'median of ' + str(arguments.repeats):20}{'from':>8}{'to':>8}{'seconds':>9}")
     for name, values in measured.items():
-        if name != "memory":
+        if "memory" not in name:
             print(f"{name:20}{min(values):8.2f}{max(values):8.2f}{median[name]:9.2f}")
     print(f"rewriting, of cp's rate: {median['cp'] / median['rewrite']:.2f}")
+    print(f"rewriting, of the rate of cp and sync: {median['cp and sync'] / median['rewrite']:.2f}")
     print(f"from_pretrained, of safetensors' rate: {median['safetensors'] / median['from_pretrained']:.2f}")
-    print(f"memory of from_pretrained, of the weights: {median['memory']:.2f}")
+    print(f"memory of from_pretrained, of the weights: {median['private memory']:.2f}")
+    print(f"and with the files' own pages: {median['memory']:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reads a Step3 checkpoint without trusting it: config, index and safetensors headers, but no weights and no code."""
 
+import importlib
 import json
 import math
 import os
@@ -12,10 +13,27 @@ from huggingface_hub.errors import StrictDataclassError
 
 
 ROOT = Path(__file__).parents[1]
-# The configuration by itself: the package would load torch, which takes longer than all that is done here.
-sys.path.insert(0, str(ROOT))
-from configuration_step3 import Step3TextConfig, Step3VLConfig  # noqa: E402
 
+
+def import_configuration():
+    """
+    The package's configuration module by itself, without torch, which takes longer to load than all that is done here.
+    transformers loads what it can where there is no torch, and configs need none.
+    """
+    sys.path.insert(0, str(ROOT))
+    is_loaded, quiet = "torch" in sys.modules, "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    if not is_loaded:
+        sys.modules["torch"] = None
+        os.environ[quiet] = os.environ.get(quiet, "1")
+    try:
+        return importlib.import_module("configuration_step3")
+    finally:
+        if not is_loaded:
+            del sys.modules["torch"]
+
+
+configuration = import_configuration()
+Step3TextConfig, Step3VLConfig = configuration.Step3TextConfig, configuration.Step3VLConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_FILES = ("configuration_step3.py", "modeling_step3.py", "processing_step3.py")

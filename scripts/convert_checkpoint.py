@@ -87,6 +87,39 @@ MANIFEST = "SHA256SUMS"
 
 
 @dataclass(frozen=True)
+class Span:
+    """Bytes of a file, from `start` to `end`, that are written as they are."""
+
+    path: Path
+    start: int
+    end: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            return read_exactly(file, self.end - self.start)
+
+    def copy_to(self, descriptor: int) -> bool:
+        """Lets the system copy them to the end of an open file, without a way through this process, if it can."""
+        if not hasattr(os, "copy_file_range"):
+            return False
+        with self.path.open("rb") as file:
+            position = self.start
+            while position < self.end:
+                try:
+                    count = os.copy_file_range(file.fileno(), descriptor, self.end - position, position)
+                except OSError as error:
+                    unable = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+                    if position > self.start or error.errno not in unable:
+                        raise
+                    return False
+                if count == 0:
+                    raise OSError(errno.EIO, f"{self.path} ended early: it was changed while it was read")
+                position += count
+        return True
+
+
+@dataclass(frozen=True)
 class Item:
     """
     A tensor to be written.
@@ -113,16 +146,19 @@ class Item:
     def is_copied(self) -> bool:
         return self.scale is None and self.dtype == self.tensor.dtype
 
-    def chunks(self) -> Iterator[bytes]:
-        """The bytes to be written, a chunk at a time."""
-        with self.tensor.path.open("rb") as file:
-            if self.scale is not None:
+    def chunks(self) -> Iterator[bytes | Span]:
+        """What is to be written, a chunk at a time."""
+        spans = (
+            Span(self.tensor.path, start, min(start + CHUNK, self.tensor.end))
+            for start in range(self.tensor.start, self.tensor.end, CHUNK)
+        )
+        if self.scale is not None:
+            with self.tensor.path.open("rb") as file:
                 yield from self._dequantised(file)
-                return
-            file.seek(self.tensor.start)
-            for start in range(0, self.tensor.num_bytes, CHUNK):
-                data = read_exactly(file, min(CHUNK, self.tensor.num_bytes - start))
-                yield data if self.is_copied else cast(data, self.tensor.dtype, self.dtype)
+        elif self.is_copied:
+            yield from spans
+        else:
+            yield from (cast(span.read(), self.tensor.dtype, self.dtype) for span in spans)
 
     def _dequantised(self, file) -> Iterator[bytes]:
         import torch
@@ -199,14 +235,18 @@ def header_of(items: list[Item]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def shard_chunks(items: list[Item]) -> Iterator[bytes]:
-    """All bytes of a weight file."""
+def shard_chunks(items: list[Item]) -> Iterator[bytes | Span]:
+    """All of a weight file."""
     yield header_of(items)
     for item in items:
         yield from item.chunks()
 
 
-def ahead(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def contents(chunks: Iterator[bytes | Span]) -> Iterator[bytes]:
+    return (chunk.read() if isinstance(chunk, Span) else chunk for chunk in chunks)
+
+
+def ahead(chunks: Iterator) -> Iterator:
     """The same chunks, the next of which is read and converted while one is written."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, chunks, None)
@@ -321,7 +361,7 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
         for tensor in checkpoint.tensors.values():
             kind, exponent = NOT_FINITE[tensor.dtype]
             bad = 0
-            for chunk in Item(tensor.name, tensor, tensor.dtype).chunks():
+            for chunk in contents(Item(tensor.name, tensor, tensor.dtype).chunks()):
                 bits = np.frombuffer(chunk, kind)
                 bad += int(np.count_nonzero((bits & kind(exponent)) == kind(exponent)))
                 progress.update(len(chunk))
@@ -338,10 +378,15 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
-def write(path: Path, chunks: Iterator[bytes], progress: tqdm) -> None:
+def write(path: Path, chunks: Iterator[bytes | Span], progress: tqdm) -> None:
     """Writes what `settle` puts at `path`."""
     with unfinished(path).open("wb", buffering=0) as file:
         for chunk in chunks:
+            if isinstance(chunk, Span):
+                if chunk.copy_to(file.fileno()):
+                    progress.update(chunk.end - chunk.start)
+                    continue
+                chunk = chunk.read()
             view = memoryview(chunk)
             while view:
                 view = view[file.write(view) :]
@@ -386,8 +431,9 @@ def link(source: Path, target: Path, how: str) -> None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 raise
-    with source.open("rb") as file, progress_bar(source.stat().st_size, target.name) as progress:
-        write(target, ahead(iter(lambda: file.read(CHUNK) or None, None)), progress)
+    size = source.stat().st_size
+    with progress_bar(size, target.name) as progress:
+        write(target, (Span(source, start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)), progress)
     settle(target)
 
 
@@ -527,7 +573,7 @@ def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
                     source = plan.linked[name].open("rb")
                     parts = [(name, iter(lambda source=source: source.read(CHUNK) or None, None))]
                 for part, chunks in parts:
-                    for chunk in ahead(chunks):
+                    for chunk in ahead(contents(chunks)):
                         written = file.read(len(chunk))
                         digest.update(written)
                         progress.update(len(chunk))
