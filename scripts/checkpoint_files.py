@@ -305,11 +305,16 @@ def read_config(directory: Path) -> Step3VLConfig | Step3TextConfig:
             problems.append(f"config.json: `{name}` must be an object, got {quote(settings[name])}.")
     if problems:
         raise CheckpointError(problems)
+    logging = configuration.transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its warnings of unknown keys quote them at any length
     try:
         return CONFIG_CLASSES[model_type].from_dict(settings)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         text = " ".join(str(error).split())
         raise CheckpointError([f"config.json: {text[:1000]}"]) from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def text_shapes(text: Step3TextConfig) -> dict[str, tuple[int, ...]]:

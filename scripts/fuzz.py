@@ -159,6 +159,7 @@ def odd_call(choose: random.Random, processor: Step3VLProcessor):
 class Models:
     """A model, good inputs, and the answers that it must still give after any failed call."""
 
+    @torch.no_grad()
     def __init__(self, image_token_id: int, vocab_size: int):
         settings = copy.deepcopy(TINY)
         settings["vision_config"]["image_size"] = SIDE
