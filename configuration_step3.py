@@ -22,11 +22,14 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.version import Version
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 # Layers with routed experts in the released model: all but the first four and the last.
 RELEASED_MOE_LAYERS = tuple(range(4, 60))
+
+# Of any size; products of a few still fit in 64 bits.
+MAX_SIZE = 2**31 - 1
 
 # Where a saved directory's own code keeps what each Auto class asks for.
 STEP3_VISION_AUTO_MAP = {
@@ -64,6 +67,8 @@ def _check_at_least(config: PreTrainedConfig, minimum: float, *names: str) -> No
         # `True` is an int to Python, and a NaN compares false with everything.
         if isinstance(value, bool) or not minimum <= value < float("inf"):
             raise ValueError(f"`{name}` must be a number of at least {minimum}, got {value!r}.")
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise ValueError(f"`{name}` must be at most {MAX_SIZE}, got {value!r}.")
 
 
 def _check_probability(config: PreTrainedConfig, *names: str) -> None:
@@ -336,6 +341,11 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even for rotary embedding, got {self.head_dim}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must be a token of the vocabulary, between 0 and {self.vocab_size - 1}, got "
+                f"{self.pad_token_id}."
+            )
         if self.moe_top_k > self.moe_num_experts:
             raise ValueError(
                 f"`moe_top_k` must not exceed `moe_num_experts`, got {self.moe_top_k} of {self.moe_num_experts}."
@@ -351,6 +361,23 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
                 f"`moe_layers_enum` must list layers between 0 and {self.num_hidden_layers - 1}, got "
                 f"{self.moe_layers_enum!r}."
             )
+
+    def validate_rope(self):
+        """Checks the rotary embedding's type, its numbers and what else the type needs."""
+        rope_type = self.rope_parameters.get("rope_type")
+        known = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default")]
+        if rope_type not in known:
+            raise ValueError(f"`rope_type` must be one of {', '.join(known)}, got {rope_type!r}.")
+        for name in ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"):
+            value = self.rope_parameters.get(name)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+            is_unset = name not in self.rope_parameters or (value is None and rope_type == "default")
+            if not is_number and (not is_unset or name == "rope_theta"):
+                raise ValueError(f"`{name}` of the rotary embedding must be a number above 0, got {value!r}.")
+        try:
+            super().validate_rope()
+        except KeyError as error:  # what transformers raises where a key is missing
+            raise ValueError(error.args[0]) from None
 
     def to_dict(self) -> dict:
         """As a dictionary for `config.json`, with the two rotary keys that engines of the released config look for."""
@@ -409,6 +436,10 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))
+            elif not isinstance(value, PreTrainedConfig):
+                raise ValueError(
+                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(value).__name__}."
+                )
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):

@@ -90,7 +90,9 @@ def test_defect_06_labels_give_the_loss(model):
     counted = labels[:, 1:] != -100
     expected = -log_probs.gather(2, IDS[:, 1:, None])[..., 0][counted].mean()
     assert_close(output.loss, expected)
-    with pytest.raises(ValueError, match=r"`labels` must have the shape \(2, 5\) of the logits, got \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"`labels` must be int64 of the shape \(2, 5\) .* got torch.int64 of shape \(2, 4\)"
+    ):
         run(model, IDS, labels=labels[:, :4])
 
 
@@ -140,7 +142,7 @@ def test_defect_12_features_are_flat(model, batch):
     output = model.get_image_features(*(batch[k] for k in ("pixel_values", "patch_pixel_values", "num_patches")))
     assert [tuple(feature.shape) for feature in output.pooler_output] == [(6, 48), (4, 48), (5, 48)]
     nested = [[[[feature]]] for feature in output.pooler_output]
-    with pytest.raises(ValueError, match=r"`image_embeds` must be a tensor of shape \(rows, 48\), got list"):
+    with pytest.raises(TypeError, match="`image_embeds` must be a tensor, got list"):
         run(model, batch["input_ids"], image_embeds=nested)
 
 

@@ -111,7 +111,7 @@ def test_what_the_model_refuses():
     fails("15 image tokens, but there are no pictures", **{k: batch[k] for k in ("input_ids", "attention_mask")})
     fails("0 image tokens.* 4 image features", input_ids=IDS, pixel_values=batch["pixel_values"][:1])
     fails(
-        r"`image_embeds` must be a tensor of shape \(rows, 48\), got \(15, 40\)",
+        r"`image_embeds` must have the shape \(rows, 48\), got \(15, 40\)",
         input_ids=batch["input_ids"],
         image_embeds=torch.ones(15, 40),
     )

@@ -32,6 +32,7 @@ import transformers
 from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -153,20 +154,24 @@ def _check_on_device(condition: torch.Tensor, message: str) -> None:
         torch._assert_async(condition.all(), message)
 
 
+def _check_tensors(**arguments) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor | None):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+
+
 def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[1] == 0:
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.shape[1] == 0:
         raise ValueError(
-            "`input_ids` must be whole numbers of shape (batch, tokens) with at least one token, got "
+            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, got "
             f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
         )
-    if input_ids.shape[1] > 1:
-        _check_values(
-            (input_ids >= 0) & (input_ids < vocab_size),
-            lambda: (
-                f"`input_ids` must lie between 0 and {vocab_size - 1}, got {int(input_ids.min())} to "
-                f"{int(input_ids.max())}."
-            ),
-        )
+    is_in_range = (input_ids >= 0) & (input_ids < vocab_size)
+    text = f"`input_ids` must lie between 0 and {vocab_size - 1}"
+    if input_ids.shape[1] == 1:
+        _check_on_device(is_in_range, f"{text}.")
+    else:
+        _check_values(is_in_range, lambda: f"{text}, got {int(input_ids.min())} to {int(input_ids.max())}.")
 
 
 def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
@@ -471,6 +476,11 @@ class Step3VLPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
 
+    def __init__(self, config: Step3VLConfig, *args, **kwargs):
+        if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -594,10 +604,12 @@ class Step3VisionModel(Step3VLPreTrainedModel):
         Raises:
             `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
         """
+        _check_tensors(pixel_values=pixel_values)
         num_channels, patch_size = self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
             raise ValueError(
-                f"Pictures must have the shape (images, {num_channels}, side, side), got {tuple(pixel_values.shape)}."
+                f"Pictures must have the shape (images, {num_channels}, side, side), of one at least, got "
+                f"{tuple(pixel_values.shape)}."
             )
         height, width = pixel_values.shape[2:]
         if height != width or height % patch_size or height == 0:
@@ -924,6 +936,8 @@ class Step3TextModel(Step3VLPreTrainedModel):
             if "full_attention" not in mask:
                 raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
             mask = mask["full_attention"]
+        if not isinstance(mask, BlockMask):
+            _check_tensors(attention_mask=mask)
         if isinstance(mask, torch.Tensor):
             shape = tuple(mask.shape)
             if mask.ndim == 2:
@@ -963,11 +977,12 @@ class Step3TextModel(Step3VLPreTrainedModel):
         filled = [layer for layer in filled if layer.keys.ndim == 4]
         num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
         shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
-        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers):
+        lengths = {layer.keys.shape[2] for layer in filled}
+        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
             raise ValueError(
                 f"`past_key_values` must be a cache of this model, with {num_layers} layers of keys for a batch of "
                 f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
-                f"{sorted(shapes)}."
+                f"{sorted(shapes)} and {sorted(lengths)} tokens."
             )
 
     @merge_with_config_defaults
@@ -999,6 +1014,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         if inputs_embeds is None:
             _check_token_ids(input_ids, self.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
@@ -1118,9 +1134,12 @@ class Step3VLModel(Step3VLPreTrainedModel):
         vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
         image_features = self.project(vision_outputs.last_hidden_state)
         num_images, num_tokens, _ = image_features.shape
-        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
+        _check_tensors(patch_pixel_values=patch_pixel_values)
+        patches_given = 0 if patch_pixel_values is None else len(patch_pixel_values)
         if num_patches is None:
             num_patches = [0] * num_images
+        if not isinstance(num_patches, torch.Tensor | list | tuple):
+            raise TypeError(f"`num_patches` must be a tensor or a list of numbers, got {type(num_patches).__name__}.")
         num_patches = torch.as_tensor(num_patches, device=image_features.device)
         torch_compilable_check(
             (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
@@ -1257,6 +1276,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if pixel_values is None and (patch_pixel_values is not None or num_patches is not None):
             raise ValueError("`patch_pixel_values` and `num_patches` belong to `pixel_values`, which is missing.")
 
+        _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, image_embeds=image_embeds)
         if inputs_embeds is None:
             _check_token_ids(input_ids, self.config.text_config.vocab_size)
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -1268,9 +1288,10 @@ class Step3VLModel(Step3VLPreTrainedModel):
             image_embeds = torch.cat(list(encoded.pooler_output))
         if image_embeds is not None:
             width = inputs_embeds.shape[2]
-            if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 2 or image_embeds.shape[1] != width:
-                given = tuple(getattr(image_embeds, "shape", ())) or type(image_embeds).__name__
-                raise ValueError(f"`image_embeds` must be a tensor of shape (rows, {width}), got {given}.")
+            if image_embeds.ndim != 2 or image_embeds.shape[1] != width:
+                raise ValueError(
+                    f"`image_embeds` must have the shape (rows, {width}), got {tuple(image_embeds.shape)}."
+                )
             image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
@@ -1326,6 +1347,19 @@ class Step3LanguageModelHead:
         """Logits where they are wanted, and the losses that are asked for."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int):
+            _check_tensors(logits_to_keep=logits_to_keep)
+            length = hidden_states.shape[1]
+            if logits_to_keep.is_floating_point() or not 0 < logits_to_keep.ndim < 3:
+                raise ValueError(
+                    "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two "
+                    f"dimensions, got {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}."
+                )
+            if logits_to_keep.dtype != torch.bool:
+                _check_values(
+                    (logits_to_keep >= -length) & (logits_to_keep < length),
+                    lambda: f"`logits_to_keep` must lie within the {length} tokens, got {logits_to_keep.tolist()}.",
+                )
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
@@ -1338,10 +1372,15 @@ class Step3LanguageModelHead:
 
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:-1]:
+            _check_tensors(labels=labels)
+            if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
                 raise ValueError(
-                    f"`labels` must have the shape {tuple(logits.shape[:-1])} of the logits, got {tuple(labels.shape)}."
+                    f"`labels` must be int64 of the shape {tuple(logits.shape[:-1])} of the logits, got {labels.dtype} "
+                    f"of shape {tuple(labels.shape)}."
                 )
+            vocab_size = text_config.vocab_size
+            is_in_range = ((labels >= 0) & (labels < vocab_size)) | (labels == -100)
+            _check_on_device(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}.")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None

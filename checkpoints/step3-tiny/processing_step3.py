@@ -50,6 +50,9 @@ MAX_WINDOW_RATIO = 4
 # A side that reaches further than this share of a window past the last whole one gets another window.
 MAX_REST = 0.2
 
+# Beyond any model; what is made of a picture stays below a gigabyte.
+MAX_SIDE = 4096
+
 # How each PIL filter is called where floats are resized.
 INTERPOLATION_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
@@ -260,10 +263,19 @@ class Step3VLImageProcessor(PilBackend):
         for name in ("patch_size", "max_image_size", "vision_patch_size", "projector_stride"):
             if not isinstance(kwargs[name], int) or kwargs[name] < 1:
                 raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
+        for name, side in (("size", size.height), ("patch_size", kwargs["patch_size"])):
+            if side > MAX_SIDE:
+                raise ValueError(f"`{name}` must be at most {MAX_SIDE} pixels a side, got {side}.")
         for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
             values = kwargs.get(name)
             if kwargs.get("do_normalize") and not all(lowest < value < math.inf for value in np.ravel(values)):
                 raise ValueError(f"`{name}` must be finite numbers{' above 0' * (lowest == 0)}, got {values!r}.")
+
+    def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
+        size = kwargs.get("size")
+        if isinstance(size, (list, tuple)) and len(size) != 2:
+            raise ValueError(f"`size` must have a height and a width, got {size!r}.")
+        return super().preprocess(images, *args, **kwargs)
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
         """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
