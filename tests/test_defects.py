@@ -185,7 +185,8 @@ def test_defect_14_a_failed_call_loses_nothing(model, batch):
     ):
         with pytest.raises(ValueError):
             run(model, **{**batch, **changes})
-    for changes in ({"attention_mask": mask[:, :-1]}, {"attention_mask": mask[:2]}, {"input_ids": next_ids[:2]}):
+    two_rows = {"input_ids": next_ids[:2], "attention_mask": mask[:2]}
+    for changes in ({"attention_mask": mask[:, :-1]}, {"attention_mask": mask[:2]}, two_rows):
         with pytest.raises(ValueError):
             run(model, **{"input_ids": next_ids, "attention_mask": mask, "past_key_values": cached, **changes})
     assert_same_tensors(batch, given)
