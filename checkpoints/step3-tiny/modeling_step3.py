@@ -1347,8 +1347,9 @@ class Step3LanguageModelHead:
         """Logits where they are wanted, and the losses that are asked for."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
+        if not isinstance(logits_to_keep, int | torch.Tensor):
+            raise TypeError(f"`logits_to_keep` must be a number or a tensor, got {type(logits_to_keep).__name__}.")
         if not isinstance(logits_to_keep, int):
-            _check_tensors(logits_to_keep=logits_to_keep)
             length = hidden_states.shape[1]
             if logits_to_keep.is_floating_point() or not 0 < logits_to_keep.ndim < 3:
                 raise ValueError(
