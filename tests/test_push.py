@@ -188,6 +188,18 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path):
     assert used.returncode == 0 and used.stdout.strip(), used.stderr
 
 
+def test_a_checkpoint_on_the_hub_is_converted(push, directory, tmp_path):
+    assert push(directory, REPO).returncode == 0
+    result = run("convert_checkpoint.py", REPO, tmp_path / "target", "--to-single", **push.environment)
+    assert result.returncode == 0, result.stderr
+    single = run("convert_checkpoint.py", directory, tmp_path / "expected", "--to-single")
+    assert single.returncode == 0, single.stderr
+    files = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    missing = run("convert_checkpoint.py", "someone/nothing", tmp_path / "none", **push.environment)
+    assert missing.returncode == 1 and "not to be had from the hub" in missing.stderr, missing.stderr
+
+
 def test_a_card_is_completed_not_replaced(hub, push, directory):
     (directory / "README.md").write_text("---\nlicense: mit\nbase_model: someone/else\n---\n# Mine\n\nMy words.\n")
     assert push(directory, REPO).returncode == 0
