@@ -892,7 +892,8 @@ class Step3TextModel(Step3VLPreTrainedModel):
         is_decoding = num_new == 1
         cached, room = 0, None
         if past_key_values is not None:
-            self.check_cache(past_key_values, batch_size)
+            if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
+                self.check_cache(past_key_values, batch_size)
             cached = past_key_values.get_seq_length()
             room = past_key_values.get_max_length()
         total = cached + num_new

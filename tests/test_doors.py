@@ -187,6 +187,17 @@ def test_a_decoding_step_never_waits_and_checks_little(cache, experts):
     assert 0 < calls["checks"] < 0.1 * calls["all"], calls
 
 
+def test_checks_do_not_compile_anew_for_each_token():
+    model = small_model().model.language_model
+    step = torch.compile(model, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        past = model(IDS).past_key_values
+        for length in range(4, 16):  # more lengths than a function is compiled for
+            output = step(IDS[:, :1], attention_mask=torch.ones(2, length).long(), past_key_values=past)
+        expected = model(torch.cat([IDS, *[IDS[:, :1]] * 12], 1)).last_hidden_state[:, -1:]
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_first_value_that_is_not_finite_is_found(model, batch):
     with torch.no_grad():
         model.model.language_model.layers[1].self_attn.wq.weight[3, 4] = torch.inf
