@@ -72,10 +72,7 @@ CARRIED_FILES = (
 )
 PROCESSOR = {
     "processor_class": "Step3VLProcessor",
-    "auto_map": {
-        "AutoProcessor": "processing_step3.Step3VLProcessor",
-        "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
-    },
+    "auto_map": {name: Step3VLConfig.carried_auto_map[name] for name in ("AutoProcessor", "AutoImageProcessor")},
 }
 PROCESSOR_FILES = {
     "processor_config.json": PROCESSOR,
@@ -97,7 +94,13 @@ class Span:
     def read(self) -> bytes:
         with self.path.open("rb") as file:
             file.seek(self.start)
-            return read_exactly(file, self.end - self.start)
+            data = file.read(self.end - self.start)
+        if len(data) != self.end - self.start:
+            raise self._ended_early()
+        return data
+
+    def _ended_early(self) -> OSError:
+        return OSError(errno.EIO, f"{self.path} ended early: it was changed while it was read")
 
     def copy_to(self, descriptor: int) -> bool:
         """Lets the system copy them to the end of an open file, without a way through this process, if it can."""
@@ -114,9 +117,14 @@ class Span:
                         raise
                     return False
                 if count == 0:
-                    raise OSError(errno.EIO, f"{self.path} ended early: it was changed while it was read")
+                    raise self._ended_early()
                 position += count
         return True
+
+
+def spans(path: Path, start: int, end: int) -> Iterator[Span]:
+    """Those bytes of a file, a chunk at a time."""
+    return (Span(path, position, min(position + CHUNK, end)) for position in range(start, end, CHUNK))
 
 
 @dataclass(frozen=True)
@@ -148,33 +156,29 @@ class Item:
 
     def chunks(self) -> Iterator[bytes | Span]:
         """What is to be written, a chunk at a time."""
-        spans = (
-            Span(self.tensor.path, start, min(start + CHUNK, self.tensor.end))
-            for start in range(self.tensor.start, self.tensor.end, CHUNK)
-        )
+        stored = spans(self.tensor.path, self.tensor.start, self.tensor.end)
         if self.scale is not None:
-            with self.tensor.path.open("rb") as file:
-                yield from self._dequantised(file)
+            yield from self._dequantised()
         elif self.is_copied:
-            yield from spans
+            yield from stored
         else:
-            yield from (cast(span.read(), self.tensor.dtype, self.dtype) for span in spans)
+            yield from (cast(span.read(), self.tensor.dtype, self.dtype) for span in stored)
 
-    def _dequantised(self, file) -> Iterator[bytes]:
+    def _dequantised(self) -> Iterator[bytes]:
         import torch
 
         *experts, rows, columns = self.tensor.shape
         height, width = self.block
-        with self.scale.path.open("rb") as scale_file:
-            scale_file.seek(self.scale.start)
-            scale = read_exactly(scale_file, self.scale.num_bytes)
+        scale = Span(self.scale.path, self.scale.start, self.scale.end).read()
         scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
-        file.seek(self.tensor.start)
+        position = self.tensor.start
         step = height * max(CHUNK // (4 * height * max(columns, 1)), 1)
         for expert in range(math.prod(experts)):
             for row in range(0, rows, step):
                 count = min(step, rows - row)
-                weight = tensor_of(read_exactly(file, count * columns), self.tensor.dtype).view(count, columns)
+                stored = Span(self.tensor.path, position, position + count * columns)  # a byte an element
+                position = stored.end
+                weight = tensor_of(stored.read(), self.tensor.dtype).view(count, columns)
                 blocks = scale[expert, row // height : -(-(row + count) // height)]
                 factors = blocks.repeat_interleave(height, 0)[:count].repeat_interleave(width, 1)[:, :columns]
                 yield bytes_of((weight.float() * factors).to(getattr(torch, TORCH_NAMES[self.dtype])))
@@ -195,13 +199,6 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         return sum(item.num_bytes for items in self.shards.values() for item in items)
-
-
-def read_exactly(file, count: int) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise OSError(errno.EIO, f"{file.name} ended early: it was changed while it was read")
-    return data
 
 
 def tensor_of(data: bytes, dtype: str):
@@ -433,7 +430,7 @@ def link(source: Path, target: Path, how: str) -> None:
                 raise
     size = source.stat().st_size
     with progress_bar(size, target.name) as progress:
-        write(target, (Span(source, start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)), progress)
+        write(target, spans(source, 0, size), progress)
     settle(target)
 
 
@@ -570,8 +567,8 @@ def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
                     header = header_of(plan.shards[name])
                     parts = [("header", iter([header]))] + [(item.name, item.chunks()) for item in plan.shards[name]]
                 else:
-                    source = plan.linked[name].open("rb")
-                    parts = [(name, iter(lambda source=source: source.read(CHUNK) or None, None))]
+                    source = plan.linked[name]
+                    parts = [(name, spans(source, 0, source.stat().st_size))]
                 for part, chunks in parts:
                     for chunk in ahead(contents(chunks)):
                         written = file.read(len(chunk))

@@ -6,6 +6,7 @@ python scripts/push_to_hub.py DIRECTORY USER/NAME --private
 
 import argparse
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -83,8 +84,8 @@ def check_package(checkpoint: Checkpoint) -> list[Path]:
     problems += check_auto_map(checkpoint, "config.json", type(checkpoint.config).carried_auto_map)
     if isinstance(checkpoint.config, Step3VLConfig):
         if "processor_config.json" in names:
-            check = {name: Step3VLConfig.carried_auto_map[name] for name in ("AutoProcessor",)}
-            problems += check_auto_map(checkpoint, "processor_config.json", check)
+            wanted = {"AutoProcessor": Step3VLConfig.carried_auto_map["AutoProcessor"]}
+            problems += check_auto_map(checkpoint, "processor_config.json", wanted)
         else:
             problems.append("processor_config.json: missing; adopt the directory with convert_checkpoint.py.")
     for path in files:
@@ -99,6 +100,12 @@ def check_package(checkpoint: Checkpoint) -> list[Path]:
     return files
 
 
+@functools.cache
+def classes_of(module: str) -> set[str]:
+    """What one of the package's modules defines."""
+    return {node.name for node in ast.parse((ROOT / f"{module}.py").read_text()).body if hasattr(node, "name")}
+
+
 def check_auto_map(checkpoint: Checkpoint, name: str, wanted: dict[str, str]) -> list[str]:
     """What is wrong with the classes that a config names for transformers' Auto classes."""
     given = read_json(checkpoint.directory / name).get("auto_map")
@@ -106,8 +113,7 @@ def check_auto_map(checkpoint: Checkpoint, name: str, wanted: dict[str, str]) ->
     problems = []
     for auto_class, reference in wanted.items():
         module, _, class_name = reference.partition(".")
-        defined = {node.name for node in ast.parse((ROOT / f"{module}.py").read_text()).body if hasattr(node, "name")}
-        if given.get(auto_class) != reference or class_name not in defined:
+        if given.get(auto_class) != reference or class_name not in classes_of(module):
             found = quote(given.get(auto_class))
             problems.append(f"{name}: `auto_map` must name {reference} for {auto_class}, got {found}.")
     return problems
