@@ -83,6 +83,12 @@ class Step3SavedWithCode:
 
     carried_auto_map = {}
 
+    def to_dict(self) -> dict:
+        """As for any config, without `fusion_config`, which is a matter of one load and not of the checkpoint."""
+        output = super().to_dict()
+        output.pop("fusion_config", None)
+        return output
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
         auto_map = dict(getattr(self, "auto_map", None) or {})

@@ -22,6 +22,7 @@ import mmap
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,11 +37,24 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.fusion_mapping import _FUSION_DISCOVERY_CACHE, _FUSION_REGISTRY, ModuleFusionSpec
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -52,6 +66,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -84,7 +99,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 register_checkpoint_conversion_mapping(
-    "Step3VLModel",
+    "step3_vl",  # which Step3VLModel is found by; a fusion adds to it
     [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
     overwrite=True,
 )
@@ -479,7 +494,74 @@ class Step3VLPreTrainedModel(PreTrainedModel):
     def __init__(self, config: Step3VLConfig, *args, **kwargs):
         if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
+        self.check_fusions(getattr(config, "fusion_config", None) or {})
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, fusion_config: dict[str, bool] | None = None, **kwargs):
+        """
+        As for any model.
+
+        Args:
+            fusion_config (`dict[str, bool]`, *optional*):
+                Which of [`FUSIONS`] to apply: `step3_qkv`, `step3_gate_up`. Answers are equal but for rounding, and the
+                model is saved under the released names; `fusion_report` tells what was rewritten.
+
+        Raises:
+            `ValueError`: if a fusion is unknown, two replace the same module, or the model is quantised or split over
+            ranks.
+        """
+        if unknown := set(fusion_config or ()) - set(_FUSION_REGISTRY):
+            unknown = ", ".join(map(str, unknown))
+            raise ValueError(f"`fusion_config` must name some of {', '.join(FUSIONS)}, got {unknown}.")
+        with _fusions_of_one_load():
+            loaded = super().from_pretrained(*args, fusion_config=fusion_config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if fusions := {row["fusion"] for row in model.fusion_report() if row["rewritten"]}:
+            transforms = [transform for name in fusions for transform in FUSIONS[name].make_transforms(model.config)]
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):  # each may be saved by itself
+                    module._fused_conversions = get_model_conversion_mapping(module, add_legacy=False) + transforms
+                    if module is not model:
+                        module._weight_conversions = module._fused_conversions
+        return loaded
+
+    @classmethod
+    def get_init_context(cls, *args, **kwargs) -> list:
+        """As for any model, with the fused classes in place: in this module alone, wherever it was imported from."""
+        replacements = {name: fused for name, fused in get_patch_mapping().items() if name in globals()}
+        unregister_patch_mapping(list(replacements))
+        return [*super().get_init_context(*args, **kwargs), _replaced_here(replacements)]
+
+    def check_fusions(self, fusion_config: Mapping[str, bool]) -> None:
+        """Raises a `ValueError` if two of the fusions replace the same class of modules."""
+        fusion_of = {}
+        for fusion in (name for name, options in fusion_config.items() if options is not False):
+            for class_name in _FUSION_DISCOVERY_CACHE.get(fusion, {}).get(type(self), ()):
+                if class_name in fusion_of:
+                    raise ValueError(
+                        f"`fusion_config` names `{fusion_of[class_name]}` and `{fusion}`, which both replace "
+                        f"{class_name}: leave one of them out."
+                    )
+                fusion_of[class_name] = fusion
+
+    def fusion_report(self) -> list[dict[str, str | bool]]:
+        """
+        What each of [`FUSIONS`] matches in this model, a row for each module: `fusion`, the `module`'s name, its
+        `class`, whether it was `rewritten`, and the `weights` that it makes into one.
+        """
+        return [
+            {
+                "fusion": fusion,
+                "module": name,
+                "class": type(module).__name__,
+                "rewritten": not spec.is_fusable(module),
+                "weights": f"{', '.join(spec.sources)} -> {spec.target}",
+            }
+            for fusion, spec in FUSIONS.items()
+            for name, module in self.named_modules()
+            if spec.is_fusable(module) or getattr(module, "fusion", None) == fusion
+        ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -501,8 +583,17 @@ class Step3VLPreTrainedModel(PreTrainedModel):
         what the checkpoint holds in another type is not made fp8.
 
         Raises:
-            `ValueError`: if fp8 weights have no scales, or blocks that the fused experts cannot keep.
+            `ValueError`: if fp8 weights have no scales, or blocks that the stacked experts cannot keep, or if fused
+            modules are quantised or split over ranks.
         """
+        if any(row["rewritten"] for row in model.fusion_report()):
+            quantizer = load_config.hf_quantizer
+            is_quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
+            if is_quantized or load_config.device_mesh is not None:
+                raise ValueError(
+                    f"`fusion_config` {model.config.fusion_config} does not go with a model that is quantised or split "
+                    "over ranks: leave one of them out."
+                )
         if checkpoint_files and load_config.sharded_metadata and isinstance(model.config, Step3TextConfig):
             weight_map = load_config.sharded_metadata["weight_map"].items()
             files = {os.path.basename(file) for name, file in weight_map if not _VISION_NAME.match(name)}
@@ -536,7 +627,7 @@ class Step3VLPreTrainedModel(PreTrainedModel):
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
-        transforms = get_model_conversion_mapping(self, add_legacy=False)
+        transforms = getattr(self, "_fused_conversions", None) or get_model_conversion_mapping(self, add_legacy=False)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = {
             pattern: transform
@@ -562,13 +653,14 @@ class Step3VLPreTrainedModel(PreTrainedModel):
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        implementation = super().get_correct_experts_implementation(requested_experts)
         text_config = self.config.get_text_config()
-        if requested_experts is None and text_config.model_type == Step3TextConfig.model_type:
-            # The type the model is made in, and the narrower one it may be cast to.
-            dtypes = (torch.get_default_dtype(), torch.bfloat16)
-            if not all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes):
-                return "eager"
-        return super().get_correct_experts_implementation(requested_experts)
+        if requested_experts is not None or text_config.model_type != Step3TextConfig.model_type:
+            return implementation
+        # The type the model is made in, and the narrower one it may be cast to.
+        dtypes = (torch.get_default_dtype(), torch.bfloat16)
+        fits = all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes)
+        return "step3" if fits and implementation == "grouped_mm" else "eager"
 
 
 class Step3VisionModel(Step3VLPreTrainedModel):
@@ -589,18 +681,8 @@ class Step3VisionModel(Step3VLPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def check_pictures(self, pixel_values: torch.Tensor) -> None:
         """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
-                Normalised square pictures whose side is a multiple of `patch_size`.
-
-        Returns:
-            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
-            states and attentions also hold the four class rows in front.
-
         Raises:
             `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
         """
@@ -617,6 +699,23 @@ class Step3VisionModel(Step3VLPreTrainedModel):
                 f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
                 f"{tuple(pixel_values.shape)}."
             )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
+                Normalised square pictures whose side is a multiple of `patch_size`.
+
+        Returns:
+            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
+            states and attentions also hold the four class rows in front.
+
+        Raises:
+            `ValueError`: as in `check_pictures`.
+        """
+        self.check_pictures(pixel_values)
         hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
 
@@ -665,6 +764,10 @@ class Step3TextAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
+    def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The low-rank queries, the keys and the values, each `(batch, tokens, width)`."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -676,9 +779,10 @@ class Step3TextAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.wq(self.inter_norm(self.q_proj(hidden_states))).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        low_rank_states, key_states, value_states = self.project_in(hidden_states)
+        query_states = self.wq(self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
+        key_states = key_states.view(hidden_shape).transpose(1, 2)
+        value_states = value_states.view(hidden_shape).transpose(1, 2)
 
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
@@ -714,8 +818,13 @@ class Step3TextMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gate and up projection, each `(batch, tokens, intermediate_size)`."""
+        return self.gate_proj(hidden_states), self.up_proj(hidden_states)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.project_in(hidden_states)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class Step3TextTopKRouter(nn.Module):
@@ -743,6 +852,29 @@ def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool
     """Whether `torch.nn.functional.grouped_mm` takes the experts in `dtype`: it asks for strides of 16 bytes."""
     sizes = (config.hidden_size, config.moe_intermediate_size)
     return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
+
+
+def step3_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    The experts implementation `"step3"`, the default: `grouped_mm`, except for a single token where it is compiled.
+    There the products are written as sums, which the compiler makes kernels of that read the chosen experts where they
+    are; any matrix product would need a copy of them.
+    """
+    if hidden_states.shape[0] > 1 or not torch.compiler.is_compiling():
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
+    experts = top_k_index[0].clamp(max=self.num_experts - 1)
+    dtype, sum_dtype = hidden_states.dtype, torch.promote_types(hidden_states.dtype, torch.float32)
+    gate_up = (self.gate_up_proj[experts] * hidden_states.to(sum_dtype)).sum(-1).to(dtype)
+    states = self._apply_gate(gate_up).unsqueeze(1)
+    output = (self.down_proj[experts] * states.to(sum_dtype)).sum(-1)
+    return (output * top_k_weights.t()).sum(0, keepdim=True).to(dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("step3", step3_experts_forward)
+ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 @use_experts_implementation
@@ -794,10 +926,12 @@ class Step3TextMoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
-        if self.config._experts_implementation == "grouped_mm" and not _experts_fit_grouped_mm(self.config, dtype):
+        implementation = self.config._experts_implementation
+        if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(self.config, dtype):
             raise ValueError(
-                f"`grouped_mm` needs rows of a multiple of 16 bytes and no float64, got {dtype} with `hidden_size` "
-                f"{self.config.hidden_size} and `moe_intermediate_size` {self.config.moe_intermediate_size}: "
+                f"`{implementation}` needs rows of a multiple of 16 bytes and no float64, got {dtype} with "
+                f"`hidden_size` {self.config.hidden_size} and `moe_intermediate_size` "
+                f"{self.config.moe_intermediate_size}: "
                 'choose another implementation with `model.set_experts_implementation("eager")`.'
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -1062,6 +1196,166 @@ class Step3TextModel(Step3VLPreTrainedModel):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Fusions: named rewrites of modules, applied while a model is loaded
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SplitRows(ConversionOps):
+    """Splits a weight into parts of `sizes` rows; the reverse of [`ConcatenateRows`]."""
+
+    def __init__(self, sizes: list[int]):
+        self.sizes = sizes
+
+    @torch.no_grad
+    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        parts = (part.contiguous() for part in weight.split(self.sizes))
+        return dict(zip(target_patterns, parts, strict=True))
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return ConcatenateRows(self.sizes)
+
+
+class ConcatenateRows(Concatenate):
+    """Puts weights of `sizes` rows on top of each other."""
+
+    def __init__(self, sizes: list[int]):
+        super().__init__(dim=0)
+        self.sizes = sizes
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitRows(self.sizes)
+
+
+class FusedLinear(nn.Linear):
+    """
+    A linear layer of a fused module. The few rows of a decoding step in bfloat16 on a CPU are multiplied with the weight
+    on the left, where oneDNN reads it as it lies; on the right it is repacked in every call, which costs more.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        num_rows = input.numel() // self.in_features
+        is_bfloat16 = input.dtype == self.weight.dtype == torch.bfloat16
+        if not is_bfloat16 or self.weight.device.type != "cpu" or num_rows > 64:
+            return super().forward(input)
+        columns = input.reshape(num_rows, self.in_features).t()
+        if num_rows == 1:  # the product with one column is slower than that with two
+            columns = columns.expand(-1, 2)
+        return torch.mm(self.weight, columns)[:, :num_rows].t().reshape(*input.shape[:-1], self.out_features)
+
+
+class ProjectionFusionSpec(ModuleFusionSpec):
+    """
+    Makes one linear layer of the projections that a module applies to its input, for transformers' fusion registry.
+
+    Args:
+        name (`str`): The fusion's.
+        class_name (`str`): The module's class, whose method `project_in` returns what the projections put out.
+        module_names (`tuple[str, ...]`): What a decoder layer calls such a module.
+        sources (`tuple[str, ...]`): The projections, in the order in which `project_in` returns them.
+        target (`str`): The one layer that replaces them.
+        sizes (`Callable`): The rows of each projection's weight, from the config and the name of the module.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_name: str,
+        module_names: tuple[str, ...],
+        sources: tuple[str, ...],
+        target: str,
+        sizes: Callable[[Step3TextConfig, str], list[int]],
+    ):
+        self.name, self.class_name, self.module_names = name, class_name, module_names
+        self.sources, self.target, self.sizes = sources, target, sizes
+
+    def is_fusable(self, module: nn.Module) -> bool:
+        return type(module).__name__ == self.class_name
+
+    def make_fused_class(self, original_cls: type[nn.Module]) -> type[nn.Module]:
+        spec = self
+
+        class Fused(original_cls):
+            fusion = spec.name
+
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                sources = [self._modules.pop(name) for name in spec.sources]
+                self.source_sizes = [source.out_features for source in sources]
+                target = nn.Linear(sources[0].in_features, sum(self.source_sizes), bias=False)
+                self.add_module(spec.target, target)
+                for layer in self.children():
+                    if isinstance(layer, nn.Linear):  # the others, too; no quantiser would know them
+                        layer.__class__ = FusedLinear
+
+            def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+                return getattr(self, spec.target)(hidden_states).split(self.source_sizes, dim=-1)
+
+        Fused.__name__ = Fused.__qualname__ = f"Fused{original_cls.__name__}"
+        return Fused
+
+    def make_transforms(self, config: Step3VLConfig | Step3TextConfig) -> list[WeightConverter]:
+        text_config = config.get_text_config()
+        return [
+            WeightConverter(
+                [rf"{module}\.{source}\.weight" for source in self.sources],
+                f"{module}.{self.target}.weight",
+                [ConcatenateRows(self.sizes(text_config, module))],
+            )
+            for module in self.module_names
+        ]
+
+
+FUSIONS = {
+    spec.name: spec
+    for spec in (
+        ProjectionFusionSpec(
+            name="step3_qkv",
+            class_name="Step3TextAttention",
+            module_names=("self_attn",),
+            sources=("q_proj", "k_proj", "v_proj"),
+            target="q_k_v_proj",
+            sizes=lambda config, _: [config.share_q_dim, *[config.num_attention_groups * config.head_dim] * 2],
+        ),
+        ProjectionFusionSpec(
+            name="step3_gate_up",
+            class_name="Step3TextMLP",
+            module_names=("mlp", "share_expert"),
+            sources=("gate_proj", "up_proj"),
+            target="gate_up_proj",
+            sizes=lambda config, name: [config.intermediate_size if name == "mlp" else config.share_expert_dim] * 2,
+        ),
+    )
+}
+_FUSION_REGISTRY.update(FUSIONS)
+
+
+@contextmanager
+def _fusions_of_one_load():
+    """What transformers registers to fuse one model is gone after it, and does not fuse those that follow."""
+    conversions = {name: get_checkpoint_conversion_mapping(name) for name in ("step3_vl", "step3_text")}
+    try:
+        yield
+    finally:
+        unregister_patch_mapping([name for name in get_patch_mapping() if name in globals()])
+        for name, mapping in conversions.items():
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+
+
+@contextmanager
+def _replaced_here(replacements: dict[str, type[nn.Module]]):
+    originals = {name: globals()[name] for name in replacements}
+    globals().update(replacements)
+    try:
+        yield
+    finally:
+        globals().update(originals)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Vision and text together
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1093,6 +1387,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     config_class = Step3VLConfig
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    # 50 patches of 504 pixels, or 24 global views: 2 GB in an MLP of the released width in bfloat16.
+    max_encoder_rows = 2**16
 
     def __init__(self, config: Step3VLConfig):
         super().__init__(config)
@@ -1123,6 +1419,27 @@ class Step3VLModel(Step3VLPreTrainedModel):
         feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
 
+    def encode(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, BaseModelOutput]:
+        """
+        The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output. They go
+        through the encoder together, but for at most `max_encoder_rows` rows, which bounds the memory that it takes.
+        """
+        self.vision_model.check_pictures(pixel_values)
+        num_rows = (pixel_values.shape[-1] // self.config.vision_config.patch_size) ** 2
+        parts = pixel_values.split(max(self.max_encoder_rows // num_rows, 1))
+        outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
+        features = [self.project(output.last_hidden_state) for output in outputs]
+        if len(parts) == 1:
+            return features[0], outputs[0]
+        merged = {
+            name: torch.cat(values) if name == "last_hidden_state" else tuple(map(torch.cat, zip(*values, strict=True)))
+            for name in outputs[0]
+            for values in [[output[name] for output in outputs]]
+        }
+        return torch.cat(features), BaseModelOutput(**merged)
+
     def encode_pictures(
         self,
         pixel_values: torch.Tensor,
@@ -1132,8 +1449,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """The features of all pictures (rows, hidden_size), and the encoder's output on the global views. Arguments
         and errors are those of [`~Step3VLModel.get_image_features`]."""
-        vision_outputs = self.vision_model(pixel_values, **{**kwargs, "return_dict": True})
-        image_features = self.project(vision_outputs.last_hidden_state)
+        image_features, vision_outputs = self.encode(pixel_values, **kwargs)
         num_images, num_tokens, _ = image_features.shape
         _check_tensors(patch_pixel_values=patch_pixel_values)
         patches_given = 0 if patch_pixel_values is None else len(patch_pixel_values)
@@ -1152,8 +1468,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if patches_given == 0:
             return image_features.flatten(0, 1), vision_outputs
 
-        patch_outputs = self.vision_model(patch_pixel_values, return_dict=True)
-        patch_features = self.project(patch_outputs.last_hidden_state)
+        patch_features, _ = self.encode(patch_pixel_values)
         # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
         images = torch.arange(num_images, device=num_patches.device)
         image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)

@@ -357,54 +357,77 @@ class Step3VLImageProcessor(PilBackend):
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
-        def finish(groups: list[torch.Tensor], side: int) -> torch.Tensor:
-            """Rescales, normalises and resizes squares (n, channels, ·, ·) to `side`, those of one size together."""
-            by_size = {}
-            for index, group in enumerate(groups):
-                by_size.setdefault(group.shape[1:], []).append(index)
-            finished = [None] * len(groups)
-            for indices in by_size.values():
-                pixels = torch.cat([groups[index] for index in indices]).to(torch.float32)
-                if do_rescale:
-                    pixels = pixels * rescale_factor
-                if do_normalize:
-                    if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
-                        raise ValueError(
-                            f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} "
-                            f"channels, got {image_mean} and {image_std}."
-                        )
-                    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image_mean, image_std))
-                    pixels = (pixels - mean) / std
-                if pixels.shape[-2:] != (side, side):
-                    mode = INTERPOLATION_MODES[resample]
-                    pixels = torch.nn.functional.interpolate(
-                        pixels, size=(side, side), mode=mode, antialias=True, align_corners=False
+        def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+            """Rescaled and normalised pixels (n, channels, height, width) of pictures of one size."""
+            tensors = [to_tensor(image) for image in images]
+            pixels = empty(len(images), *tensors[0].shape)
+            for target, tensor in zip(pixels, tensors, strict=True):
+                target.copy_(tensor)
+            if do_rescale:
+                pixels.mul_(rescale_factor)
+            if do_normalize:
+                if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
+                    raise ValueError(
+                        f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} channels, "
+                        f"got {image_mean} and {image_std}."
                     )
-                for index, part in zip(indices, pixels.split([len(groups[index]) for index in indices]), strict=True):
-                    finished[index] = part
-            return torch.cat(finished)
+                mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image_mean, image_std))
+                pixels.sub_(mean).div_(std)
+            return pixels
 
-        views, patches, plans = [], [], []
-        for image in images:
-            plan = self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=kwargs["max_image_size"])
-            plans.append(plan)
-            if plan.padded_size != image.size:
-                image = image.crop((0, 0, *plan.padded_size))
-            if plan.view_size != image.size:
-                image = image.resize(plan.view_size, resample)
-            views.append(to_tensor(image)[None])
-            if plan.num_patches:
-                if plan.cut_size != image.size:
-                    image = image.resize(plan.cut_size, resample)
-                image = image.crop((0, 0, plan.columns * plan.window, plan.rows * plan.window))
-                squares = to_tensor(image).unflatten(1, (plan.rows, -1)).unflatten(3, (plan.columns, -1))
-                patches.append(squares.permute(1, 3, 0, 2, 4).flatten(0, 1))
+        def resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
+            if pixels.shape[-2:] == (side, side):
+                return pixels
+            mode = INTERPOLATION_MODES[resample]
+            return torch.nn.functional.interpolate(
+                pixels, size=(side, side), mode=mode, antialias=True, align_corners=False
+            )
 
-        data = {"pixel_values": finish(views, size.height), "num_patches": [plan.num_patches for plan in plans]}
-        if patches:
-            data["patch_pixel_values"] = finish(patches, patch_size)
+        max_side = kwargs["max_image_size"]
+        plans = [self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=max_side) for image in images]
+        num_patches = [plan.num_patches for plan in plans]
+        if len(modes := {image.getbands() for image in images}) > 1:
+            raise ValueError(f"The pictures of a batch must have the same channels, got {sorted(modes)}.")
+        num_channels = len(images[0].getbands())
+        pixel_values = empty(len(images), num_channels, size.height, size.height)
+        patches = empty(sum(num_patches), num_channels, patch_size, patch_size)
+        patches_of = patches.split(num_patches)
+        alike = {}  # pictures of one size have one plan
+        for index, image in enumerate(images):
+            alike.setdefault(image.size, []).append(index)
+        for indices in alike.values():
+            plan = plans[indices[0]]
+            views = [images[index] for index in indices]
+            if plan.padded_size != views[0].size:
+                views = [image.crop((0, 0, *plan.padded_size)) for image in views]
+            if plan.view_size != views[0].size:
+                views = [image.resize(plan.view_size, resample) for image in views]
+            pixels = to_pixels(views)
+            pixel_values[indices] = resize(pixels, size.height)
+            if plan.num_patches == 0:
+                continue
+            covered = (plan.columns * plan.window, plan.rows * plan.window)
+            if not plan.view_size == plan.cut_size == covered:  # otherwise the patches have the view's own pixels
+                cuts = [image.resize(plan.cut_size, resample) for image in views]  # a copy if it has that size
+                pixels = to_pixels([image.crop((0, 0, *covered)) for image in cuts])
+            squares = pixels.unflatten(3, (plan.columns, -1)).unflatten(2, (plan.rows, -1)).permute(0, 2, 4, 1, 3, 5)
+            for index, own in zip(indices, squares, strict=True):
+                if plan.window == patch_size:
+                    patches_of[index].unflatten(0, (plan.rows, plan.columns)).copy_(own)
+                else:
+                    patches_of[index].copy_(resize(own.flatten(0, 1), patch_size))
+
+        data = {"pixel_values": pixel_values, "num_patches": num_patches}
+        if len(patches):
+            data["patch_pixel_values"] = patches
             data["patch_newline_mask"] = [newline for plan in plans for newline in plan.newline_mask]
         return BatchFeature(data, tensor_type=return_tensors)
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """An uninitialised float32 tensor of NumPy's memory, which comes in huge pages: large pictures take a third of the
+    time, most of which goes to the system's handing out of small ones."""
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
