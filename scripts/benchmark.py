@@ -1,23 +1,435 @@
-"""Measures this package beside what bounds it, in one run.
+"""Measures this package beside the original code's algorithm and beside what the machine can do, in one run.
 
-python scripts/benchmark.py load
+python scripts/benchmark.py decode --dtype float32 bfloat16 --compile --plot decode.png
+python scripts/benchmark.py all --json results.json
 """
 
 import argparse
+import copy
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from step3_vl import (
+    Step3TextConfig,
+    Step3TextForCausalLM,
+    Step3VisionEncoderConfig,
+    Step3VLConfig,
+    Step3VLImageProcessor,
+    Step3VLModel,
+)
 
 
 SCRIPTS = Path(__file__).parent
+FUSIONS = {"step3_qkv": True, "step3_gate_up": True}
+TEXT_SIZES = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "share_q_dim": 64,
+        "moe_num_experts": 8,
+        "moe_intermediate_size": 64,
+        "share_expert_dim": 64,
+        "vocab_size": 512,
+    },
+    "small": {  # 145 M weights active of 560 M
+        "hidden_size": 2048,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "head_dim": 128,
+        "share_q_dim": 512,
+        "moe_num_experts": 48,
+        "moe_intermediate_size": 1024,
+        "share_expert_dim": 1024,
+        "vocab_size": 8192,
+    },
+    "real-layer": {"num_hidden_layers": 3},  # a dense layer and two of experts, 10.6 GB each in bfloat16
+}
+VISION_SIZES = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "output_hidden_size": 32,
+        "image_size": 112,
+    },
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "output_hidden_size": 256,
+        "image_size": 364,
+    },
+    "real-layer": {"num_hidden_layers": 2},
+}
+
+
+# The original code's algorithm, written plainly, on the same weights --------------------------------------------------
+
+
+def original_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The key/value head is copied for each of the query heads."""
+    copies = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def original_experts(self, hidden_states, top_k_index, top_k_weights):
+    """All experts are gone through, chosen or not."""
+    output = torch.zeros_like(hidden_states)
+    chosen = nn.functional.one_hot(top_k_index, self.num_experts).permute(2, 1, 0)
+    for expert in range(self.num_experts):
+        slot, token = torch.where(chosen[expert])
+        gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+        states = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
+        output.index_add_(0, token, states * top_k_weights[token, slot, None])
+    return output
+
+
+ALL_ATTENTION_FUNCTIONS.register("original", original_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register("original", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+ALL_EXPERTS_FUNCTIONS.register("original", original_experts)
+
+
+def as_original(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the original algorithm, on the very same weights."""
+    original = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    original.set_attn_implementation("original")
+    original.set_experts_implementation("original")
+    return original
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """What the device can do: reading and multiplying, and a clock that waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        self.buffers = [torch.randn(1 << 22, device=device) for _ in range(64 if device.type == "cuda" else 32)]
+        side = 8192 if device.type == "cuda" else 2048
+        self.square = torch.randn(side, side, device=device)
+
+    def seconds(self, call: Callable) -> float:
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds_per_byte(self) -> float:
+        """Of reading weights of 16 MB one after the other, 512 MB in all on a CPU and 1 GB on a GPU."""
+        return self.seconds(lambda: [buffer.sum() for buffer in self.buffers]) / sum(
+            buffer.nbytes for buffer in self.buffers
+        )
+
+    def seconds_per_flop(self, dtype: torch.dtype) -> float:
+        """Of one product of large square matrices."""
+        square = self.square.to(dtype)
+        return self.seconds(lambda: square @ square) / (2 * len(square) ** 3)
+
+    def peak_bytes(self, call: Callable) -> int:
+        """The most memory that a call takes beyond what was taken before it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            call()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        Path("/proc/self/clear_refs").write_text("5")  # what the highest mark is counted from
+        before = memory_in_use("VmRSS:")
+        call()
+        return max(memory_in_use("VmHWM:") - before, 0)
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def memory_in_use(field: str) -> int:
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(line[1]) * 1024 for line in lines if line[0] == field)
+
+
+def measure(machine: Machine, contenders: dict[str, Callable], limit: Callable[[], float], repeats: int) -> list[dict]:
+    """
+    Seconds of each contender, in turn, and of the machine's limit beside each call: `limit` measures it and returns the
+    seconds that the same work would take. The rows have medians, the spread, and ratios of the same repeats.
+    """
+    for call in contenders.values():
+        call()
+    limit()
+    seconds = {name: [] for name in contenders}
+    limits = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, call in contenders.items():
+            limits[name].append(limit())
+            seconds[name].append(machine.seconds(call))
+    rows = []
+    for name, values in seconds.items():
+        row = {"what": name, "seconds": statistics.median(values), "low": min(values), "high": max(values)}
+        row["of_limit"] = statistics.median(limits[name]) / row["seconds"]
+        if "original" in seconds:
+            row["against_original"] = statistics.median(
+                first / second for first, second in zip(seconds["original"], values, strict=True)
+            )
+        rows.append(row)
+    return rows
+
+
+def make_text_model(size: str, dtype: torch.dtype, machine: Machine, fusions: dict, layers: int) -> PreTrainedModel:
+    """A random model, made where it is to run; a seed makes them alike, but for what is fused."""
+    config = Step3TextConfig(**TEXT_SIZES[size], moe_layers_enum=None)
+    if size == "real-layer":
+        config = Step3TextConfig(num_hidden_layers=1 + layers, moe_layers_enum=None)
+    torch.manual_seed(0)
+    with machine.device:
+        model = Step3TextForCausalLM.from_pretrained(
+            None, config=config, state_dict={}, dtype=dtype, fusion_config=fusions, device_map=machine.device
+        )
+    return model.eval()
+
+
+def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
+    """How many weights are read for `tokens` tokens in one pass, and how many multiplied for each of them."""
+    config = model.config.get_text_config()
+    share = config.moe_top_k / config.moe_num_experts
+    read = multiplied = 0
+    for name, parameter in model.named_parameters():
+        is_expert = ".experts." in name
+        if "embed_tokens" not in name:
+            read += parameter.numel() * (1 - (1 - share) ** tokens if is_expert else 1)
+            multiplied += parameter.numel() * (share if is_expert else 1)
+    return read, multiplied
+
+
+def fill(cache, model: PreTrainedModel, batch: int, context: int):
+    """The cache, with `context` random keys and values in each layer."""
+    config = model.config
+    shape = (batch, config.num_attention_groups, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        keys = torch.randn(shape, device=model.device, dtype=model.dtype)
+        cache.update(keys, keys.clone(), layer)
+    return cache
+
+
+def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
+    """One token after `context` others."""
+    plain = make_text_model(size, dtype, machine, {}, options.layers)
+    fused = make_text_model(size, dtype, machine, FUSIONS, options.layers)
+    models = {"original": as_original(plain), "package": plain, "package, fused": fused}
+    mode = "max-autotune-no-cudagraphs" if machine.device.type == "cuda" else None
+    rows = []
+    for context in options.context:
+        for batch in options.batch:
+            ids = torch.randint(10, plain.config.vocab_size, (batch, 1), device=machine.device)
+            read, _ = active_weights(plain, batch)
+            cached = 2 * batch * context * plain.config.num_hidden_layers * plain.config.head_dim
+            num_bytes = (read + cached) * dtype.itemsize
+
+            def step(forward, cache, ids=ids):
+                return lambda: forward(input_ids=ids, past_key_values=cache, use_cache=True)
+
+            def eager_step(model, cache, ids=ids):
+                def call():
+                    model(input_ids=ids, past_key_values=cache)
+                    cache.crop(-1)
+
+                return call
+
+            contenders = {
+                name: eager_step(model, fill(DynamicCache(config=model.config), model, batch, context))
+                for name, model in models.items()
+            }
+            torch._dynamo.reset()  # each context has kernels of its own, as in a run of its own
+            for name in ("package", "package, fused") if options.compile else ():
+                model = models[name]
+                cache = StaticCache(config=model.config, max_cache_len=context + options.repeats + 16)
+                forward = torch.compile(model.forward, fullgraph=True, mode=mode)
+                contenders[f"{name}, compiled"] = step(forward, fill(cache, model, batch, context))
+            measured = measure(machine, contenders, lambda n=num_bytes: machine.seconds_per_byte() * n, options.repeats)
+            for row in measured:
+                row |= {"context": context, "batch": batch, "tokens_per_second": batch / row["seconds"]}
+                row["bytes"] = machine.peak_bytes(contenders[row["what"]]) + cached * dtype.itemsize
+            rows += measured
+            del contenders
+    return rows
+
+
+def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
+    """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
+    plain = make_text_model(size, dtype, machine, {}, options.layers)
+    models = {"original": as_original(plain), "package": plain}
+    models["package, fused"] = make_text_model(size, dtype, machine, FUSIONS, options.layers)
+    config = plain.config
+    rows = []
+    for context in options.context:
+        for batch in options.batch:
+            ids = torch.randint(10, config.vocab_size, (batch, context), device=machine.device)
+            mask = torch.ones_like(ids)
+            mask[1:, : context // 4] = 0
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
+            _, multiplied = active_weights(plain, 1)
+            flops = 2 * multiplied * batch * context - 2 * plain.lm_head.weight.numel() * batch * (context - 1)
+            flops += 2 * batch * context**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+            contenders = {name: lambda model=model, inputs=inputs: model(**inputs) for name, model in models.items()}
+            measured = measure(
+                machine, contenders, lambda n=flops: machine.seconds_per_flop(dtype) * n, options.repeats
+            )
+            for row in measured:
+                row |= {"context": context, "batch": batch, "tokens_per_second": batch * context / row["seconds"]}
+                row["bytes"] = machine.peak_bytes(contenders[row["what"]])
+            rows += measured
+    return rows
+
+
+def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
+    """Eight pictures of six patches, encoded together and one square at a time."""
+    vision_config = Step3VisionEncoderConfig(**VISION_SIZES[size])
+    config = Step3VLConfig(
+        text_config={**TEXT_SIZES["tiny"], "vocab_size": 1024, "num_hidden_layers": 1, "moe_layers_enum": "0"},
+        vision_config=vision_config,
+        image_token_id=7,
+    )
+    torch.manual_seed(0)
+    with machine.device:
+        model = Step3VLModel.from_pretrained(
+            None, config=config, state_dict={}, dtype=dtype, device_map=machine.device
+        ).eval()
+    views = torch.randn(8, 3, vision_config.image_size, vision_config.image_size, device=machine.device, dtype=dtype)
+    patch_side = vision_config.image_size * 9 // 13 // 28 * 28  # 504 for 728
+    patches = torch.randn(48, 3, patch_side, patch_side, device=machine.device, dtype=dtype)
+    counts = torch.tensor([6] * 8, device=machine.device)
+
+    def one_at_a_time():
+        for squares in (views, patches):
+            for square in squares:
+                model.project(model.vision_model(square[None]).last_hidden_state)
+
+    squares = {vision_config.image_size: 8, patch_side: 48}
+    flops = 0
+    for side, count in squares.items():
+        rows = (side // vision_config.patch_size) ** 2 + 4
+        weights = vision_config.hidden_size * (4 * vision_config.hidden_size + 2 * vision_config.intermediate_size)
+        flops += count * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
+    contenders = {"original": one_at_a_time, "package": lambda: model.encode_pictures(views, patches, counts)}
+    measured = measure(machine, contenders, lambda: machine.seconds_per_flop(dtype) * flops, options.repeats)
+    for row in measured:
+        row |= {"pictures_per_second": 8 / row["seconds"], "bytes": machine.peak_bytes(contenders[row["what"]])}
+    return measured
+
+
+def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
+    """Pictures to pixels on the CPU: one of 3024 x 3024 pixels, with 36 patches, and eight of 1000 x 700."""
+    processor = Step3VLImageProcessor()
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+
+    def finish(square: Image.Image, side: int) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() * processor.rescale_factor
+        pixels = ((pixels - mean) / std)[None]
+        return nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+    def one_at_a_time(pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        views, patches = [], []
+        for picture in pictures:
+            plan = processor.plan(*picture.size)
+            views.append(finish(picture, 728))
+            picture = picture.resize(plan.cut_size, Image.Resampling.BILINEAR)
+            for row in range(plan.rows):
+                for column in range(plan.columns):
+                    left, top = column * plan.window, row * plan.window
+                    square = picture.crop((left, top, left + plan.window, top + plan.window))
+                    patches.append(finish(square, 504))
+        return torch.cat(views), torch.cat(patches)
+
+    noise = np.random.default_rng(0)
+    rows = []
+    for name, size, count in (("3024 x 3024", (3024, 3024), 1), ("8 of 1000 x 700", (700, 1000), 8)):
+        pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
+        outputs = processor(pictures, return_tensors="pt")
+        views, patches = one_at_a_time(pictures)
+        if not (torch.equal(outputs["pixel_values"], views) and torch.equal(outputs["patch_pixel_values"], patches)):
+            sys.exit("The package's pixels are not those of the plain path.")
+        num_bytes = 4 * (views.numel() + patches.numel()) + sum(3 * size[0] * size[1] for _ in pictures)
+        contenders = {
+            "original": lambda pictures=pictures: one_at_a_time(pictures),
+            "package": lambda pictures=pictures: processor(pictures, return_tensors="pt"),
+        }
+        measured = measure(machine, contenders, lambda n=num_bytes: machine.seconds_per_byte() * n, options.repeats)
+        rows += [row | {"pictures": name, "pictures_per_second": count / row["seconds"]} for row in measured]
+    return rows
+
+
+def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
+    """One step forward and backward over `context` tokens."""
+    plain = make_text_model(size, dtype, machine, {}, options.layers).train()
+    models = {"original": as_original(plain), "package": plain}
+    config = plain.config
+    rows = []
+    for context in options.context:
+        for batch in options.batch:
+            ids = torch.randint(10, config.vocab_size, (batch, context), device=machine.device)
+            _, multiplied = active_weights(plain, 1)
+            attention = 2 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+            flops = 3 * batch * context * (2 * multiplied + attention)
+
+            def call(model, ids=ids):
+                with torch.enable_grad():
+                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                model.zero_grad()
+
+            contenders = {name: lambda model=model, call=call: call(model) for name, model in models.items()}
+            measured = measure(
+                machine, contenders, lambda n=flops: machine.seconds_per_flop(dtype) * n, options.repeats
+            )
+            for row in measured:
+                row |= {"context": context, "batch": batch, "tokens_per_second": batch * context / row["seconds"]}
+                row["bytes"] = machine.peak_bytes(contenders[row["what"]])
+            rows += measured
+    return rows
+
+
+# Converting and loading -----------------------------------------------------------------------------------------------
+
+
 # A model of one layer has these weights; each further layer has as many experts more.
-WIDTHS = {
+LOADED = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
     "num_attention_heads": 8,
@@ -27,7 +439,7 @@ WIDTHS = {
     "moe_intermediate_size": 1024,
     "share_expert_dim": 1024,
 }
-LAYER_BYTES = 2 * 3 * WIDTHS["moe_num_experts"] * WIDTHS["hidden_size"] * WIDTHS["moe_intermediate_size"]
+LOADED_LAYER_BYTES = 2 * 3 * LOADED["moe_num_experts"] * LOADED["hidden_size"] * LOADED["moe_intermediate_size"]
 # What a fresh process does with a directory of weights that are on the disk, not in memory. Every page is touched, as
 # weights may be mapped, not read. Memory is counted with and without pages of the files, which the system takes back.
 READ = """
@@ -94,9 +506,9 @@ def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str,
     convert = (sys.executable, SCRIPTS / "convert_checkpoint.py")
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         folder = Path(folder)
-        layers = 1 + max(round(gigabytes * 1e9 / LAYER_BYTES), 1)
+        layers = 1 + max(round(gigabytes * 1e9 / LOADED_LAYER_BYTES), 1)
         settings = [
-            f"--set=text_config.{name}={size}" for name, size in {**WIDTHS, "num_hidden_layers": layers}.items()
+            f"--set=text_config.{name}={size}" for name, size in {**LOADED, "num_hidden_layers": layers}.items()
         ]
         settings += ["--set=text_config.moe_layers_enum=null", "--dtype=bfloat16"]
         run(sys.executable, SCRIPTS / "make_random_model.py", folder / "whole", *settings)
@@ -122,25 +534,148 @@ def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str,
     return measured
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    load = commands.add_parser("load", help="converting and loading a checkpoint")
-    load.add_argument("--gigabytes", type=float, default=4, help="size of the weights (default: 4)")
-    load.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
-    load.add_argument("--repeats", type=int, default=3, help="(default: 3)")
-    arguments = parser.parse_args()
-    measured = benchmark_load(arguments.gigabytes, arguments.repeats, arguments.directory)
-    median = {name: statistics.median(values) for name, values in measured.items()}
-    print(f"{'median of ' + str(arguments.repeats):20}{'from':>8}{'to':>8}{'seconds':>9}")
+def benchmark_load_rows(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
+    """Converting and loading a checkpoint, beside `cp` and safetensors."""
+    measured = benchmark_load(options.gigabytes, options.repeats, options.directory)
+    limits = {"rewrite": "cp and sync", "adopt": "cp and sync", "from_pretrained": "safetensors"}
+    rows = []
     for name, values in measured.items():
         if "memory" not in name:
-            print(f"{name:20}{min(values):8.2f}{max(values):8.2f}{median[name]:9.2f}")
-    print(f"rewriting, of cp's rate: {median['cp'] / median['rewrite']:.2f}")
-    print(f"rewriting, of the rate of cp and sync: {median['cp and sync'] / median['rewrite']:.2f}")
-    print(f"from_pretrained, of safetensors' rate: {median['safetensors'] / median['from_pretrained']:.2f}")
-    print(f"memory of from_pretrained, of the weights: {median['private memory']:.2f}")
-    print(f"and with the files' own pages: {median['memory']:.2f}")
+            row = {"what": name, "seconds": statistics.median(values), "low": min(values), "high": max(values)}
+            if name in limits:
+                row["of_limit"] = statistics.median(measured[limits[name]]) / row["seconds"]
+            rows.append(row)
+    weights = options.gigabytes * 1e9
+    rows[-1]["bytes"] = statistics.median(measured["memory"]) * weights
+    rows[-1]["private_bytes"] = statistics.median(measured["private memory"]) * weights
+    return rows
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+BENCHMARKS = {
+    "decode": benchmark_decode,
+    "prefill": benchmark_prefill,
+    "vision": benchmark_vision,
+    "preprocess": benchmark_preprocess,
+    "load": benchmark_load_rows,
+    "train": benchmark_train,
+}
+LIMITS = {
+    "decode": "reading",
+    "prefill": "products",
+    "vision": "products",
+    "preprocess": "reading",
+    "train": "products",
+}
+
+
+def print_table(name: str, rows: list[dict]) -> None:
+    columns = ("size", "dtype", "pictures", "context", "batch", "what", "ms", "spread", "of limit", "x original", "MB")
+    table = []
+    for row in rows:
+        cells = {
+            column: str(row.get(column, "")) for column in ("size", "dtype", "pictures", "context", "batch", "what")
+        }
+        cells["ms"] = f"{row['seconds'] * 1e3:.1f}"
+        cells["spread"] = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
+        cells["of limit"] = f"{row['of_limit']:.2f}" if "of_limit" in row else ""
+        cells["x original"] = f"{row['against_original']:.2f}" if "against_original" in row else ""
+        cells["MB"] = f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else ""
+        table.append(cells)
+    columns = [column for column in columns if any(cells[column] for cells in table)]
+    widths = {column: max(len(column), *(len(cells[column]) for cells in table)) for column in columns}
+    print(f"\n{name}" + (f" (limit: {LIMITS[name]})" if name in LIMITS else ""))
+    for cells in [{column: column for column in columns}, *table]:
+        print("  ".join(cells[column].rjust(widths[column]) for column in columns))
+
+
+def plot(path: Path, rows: list[dict], machine: Machine) -> None:
+    """Tokens a second of decoding, and memory beyond the weights, against the context."""
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        sys.exit("`--plot` needs matplotlib: pip install matplotlib")
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    lines = {}
+    for row in rows:
+        lines.setdefault((row["size"], row["dtype"], row["batch"], row["what"]), []).append(row)
+    several = {index: len({key[index] for key in lines}) > 1 for index in range(3)}
+    for key, points in lines.items():
+        label = ", ".join([key[3], *(str(key[index]) for index in range(3) if several[index])])
+        contexts = [point["context"] for point in points]
+        speed.plot(contexts, [point["tokens_per_second"] for point in points], marker="o", label=label)
+        memory.plot(contexts, [point["bytes"] / 1e6 for point in points], marker="o", label=label)
+    for axes, name in ((speed, "tokens a second"), (memory, "MB beyond the weights, cache included")):
+        axes.set(xlabel="tokens of context", ylabel=name, xscale="log", ylim=(0, None))
+        axes.set_xticks(
+            sorted({row["context"] for row in rows}), [f"{n}" for n in sorted({r["context"] for r in rows})]
+        )
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    speed.legend()
+    figure.suptitle(f"Decoding a token at a time: {machine.name}", fontsize=10)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=110, format="png")
+    partial.replace(path)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 at least, got {number}")
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("--sizes", nargs="+", choices=TEXT_SIZES, default=["small"], help="(default: small)")
+    parser.add_argument("--layers", type=positive, default=2, help="mixture layers of real-layer (default: 2)")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--context", nargs="+", type=positive, help="tokens (default: 512; 1 K to 32 K for a plot of decode)"
+    )
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="rows (default: 1)")
+    parser.add_argument("--compile", action="store_true", help="also measure the compiled decoding step")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--repeats", type=positive, default=11, help="(default: 11)")
+    parser.add_argument("--gigabytes", type=float, default=4, help="of weights to load (default: 4)")
+    parser.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
+    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed and memory; needs matplotlib")
+    options = parser.parse_args()
+    names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
+    if options.plot and "decode" not in names:
+        parser.error("--plot is of decode")
+    for path in (options.json, options.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"there is no folder {path.absolute().parent}")
+    if options.context is None:
+        options.context = [1024, 2048, 4096, 8192, 16384, 32768] if options.plot else [512]
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_grad_enabled(False)
+    machine = Machine(torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    print(f"{machine.name}; torch {torch.__version__}, transformers {transformers.__version__}")
+    results = {}
+    for name in names:
+        sized = name not in ("preprocess", "load")
+        cases = [(size, dtype) for size in options.sizes for dtype in options.dtype] if sized else [(None, None)]
+        results[name] = []
+        for size, dtype in tqdm(cases, desc=name):
+            rows = BENCHMARKS[name](machine, options, size, getattr(torch, dtype) if dtype else None)
+            results[name] += [row | ({"size": size, "dtype": dtype} if sized else {}) for row in rows]
+            torch._dynamo.reset()
+        print_table(name, results[name])
+    if options.json:
+        measured = {"machine": machine.name, "torch": torch.__version__, "transformers": transformers.__version__}
+        partial = options.json.with_name(f".{options.json.name}.partial")
+        partial.write_text(json.dumps({**measured, "command": sys.argv[1:], "results": results}, indent=2) + "\n")
+        os.replace(partial, options.json)
+    if options.plot:
+        plot(options.plot, results["decode"], machine)
 
 
 if __name__ == "__main__":

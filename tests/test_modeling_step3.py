@@ -22,7 +22,7 @@ from step3_vl import (
 
 
 GOLDENS = Path(__file__).parent / "goldens"
-EXPERTS = ["eager", "batched_mm", "grouped_mm"]
+EXPERTS = ["eager", "batched_mm", "grouped_mm", "step3"]
 
 
 def weights_on_disk(model, directory) -> dict[str, torch.Tensor]:
@@ -240,6 +240,40 @@ def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
             )
             tokens.append(step(**prepared).logits.argmax(-1))
     assert torch.cat(tokens, 1).tolist() == expected[:, length:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_token_reads_its_experts_where_they_are(dtype):
+    config = small_config(text={"moe_intermediate_size": 512, "hidden_size": 64})
+    model = small_model(config, dtype=dtype).model.language_model
+    assert model.get_experts_implementation()["text_config"] == "step3"
+    past = StaticCache(config=model.config, max_cache_len=40)
+    step = {"input_ids": torch.tensor([[5]]), "past_key_values": past, "attention_mask": torch.ones(1, 10).long()}
+    with torch.no_grad():
+        model(torch.arange(9)[None], past_key_values=past)
+        output, codes = run_and_get_code(torch.compile(model, fullgraph=True), **step)
+        expected = model(torch.cat([torch.arange(9), torch.tensor([5])])[None]).last_hidden_state[:, -1:]
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
+    buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", "".join(codes))
+    sizes = [math.prod(map(int, filter(None, buffer.replace(" ", "").split(",")))) for buffer in buffers]
+    assert sizes and max(sizes) < 512 * 64, buffers  # less than the smaller weight of one expert
+
+
+def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
+    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    rows = []
+    hook = model.model.vision_model.register_forward_hook(lambda _, args, output: rows.append(output[0].shape[:2]))
+    with torch.no_grad():
+        together = model.get_image_features(**pictures, output_hidden_states=True)
+        assert rows == [(3, 64), (3, 16)]
+        rows.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(Step3VLModel.max_encoder_bytes, "cpu", 130 * 64 * 4)  # of 130 rows
+            parts = model.get_image_features(**pictures, output_hidden_states=True)
+    hook.remove()
+    assert rows == [(2, 64), (1, 64), (3, 16)]
+    for name in ("last_hidden_state", "hidden_states", "pooler_output"):
+        torch.testing.assert_close(parts[name], together[name], atol=1e-5, rtol=1e-5)
 
 
 def test_logits_to_keep(model, batch):

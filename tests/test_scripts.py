@@ -1,9 +1,11 @@
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run
 from PIL import Image
 from safetensors.torch import load_file
@@ -72,3 +74,43 @@ def test_no_dead_code_and_one_style():
 def test_the_readme_names_the_two_commands():
     commands = re.findall(r"^bash scripts/\w+\.sh", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
     assert commands == ["bash scripts/demo.sh", "bash scripts/test.sh"]
+
+
+def test_benchmark(tmp_path):
+    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--gigabytes", 0.05)
+    result = run("benchmark.py", "all", *options, "--json", tmp_path / "results.json", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == ["decode", "prefill", "vision", "preprocess", "load", "train"]
+    for name, rows in results.items():
+        assert name in result.stdout and all(row["low"] <= row["seconds"] <= row["high"] for row in rows)
+        if name != "load":
+            assert {"original", "package"} <= {row["what"] for row in rows}
+            assert all(row["of_limit"] > 0 and row["against_original"] > 0 for row in rows)
+
+
+def test_benchmark_names_what_is_wrong(tmp_path):
+    for arguments, message in [
+        (("decode", "--batch", 0), "must be 1 at least, got 0"),
+        (("prefill", "--plot", tmp_path / "plot.png"), "--plot is of decode"),
+        (("decode", "--json", tmp_path / "none" / "results.json"), f"there is no folder {tmp_path / 'none'}"),
+    ]:
+        result = run("benchmark.py", *arguments)
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_benchmarks_original_gives_the_same_answers():
+    """Otherwise it would be the time of something else."""
+    import benchmark
+
+    machine = benchmark.Machine(torch.device("cpu"))
+    model = benchmark.make_text_model("tiny", torch.float32, machine, {}, layers=2)
+    original = benchmark.as_original(model)
+    ids = torch.arange(10, 40).view(2, 15)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        outputs = [each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, original)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    assert original.config._experts_implementation == "original" != model.config._experts_implementation
+    assert next(original.parameters()) is next(model.parameters())

@@ -1232,8 +1232,8 @@ class ConcatenateRows(Concatenate):
 
 class FusedLinear(nn.Linear):
     """
-    A linear layer of a fused module. The few rows of a decoding step in bfloat16 on a CPU are multiplied with the weight
-    on the left, where oneDNN reads it as it lies; on the right it is repacked in every call, which costs more.
+    A linear layer of a fused module. A decoding step's few rows in bfloat16 on a CPU are multiplied with the weight on
+    the left, where oneDNN reads it as it lies; on the right it repacks it in every call, which costs more.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -1387,8 +1387,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     config_class = Step3VLConfig
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
-    # 50 patches of 504 pixels, or 24 global views: 2 GB in an MLP of the released width in bfloat16.
-    max_encoder_rows = 2**16
+    # What an MLP of the encoder may put out at once, in bytes. More is slower on a CPU, where it leaves the caches; on
+    # a GPU it bounds memory, to 50 patches of the released size in bfloat16.
+    max_encoder_bytes = {"cpu": 2**24, "cuda": 2**31}
 
     def __init__(self, config: Step3VLConfig):
         super().__init__(config)
@@ -1424,11 +1425,14 @@ class Step3VLModel(Step3VLPreTrainedModel):
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """
         The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output. They go
-        through the encoder together, but for at most `max_encoder_rows` rows, which bounds the memory that it takes.
+        through the encoder together, as many as `max_encoder_bytes` allows for the device.
         """
         self.vision_model.check_pictures(pixel_values)
-        num_rows = (pixel_values.shape[-1] // self.config.vision_config.patch_size) ** 2
-        parts = pixel_values.split(max(self.max_encoder_rows // num_rows, 1))
+        vision_config = self.config.vision_config
+        num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
+        num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
+        max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
+        parts = pixel_values.split(max(max_bytes // num_bytes, 1))
         outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
         features = [self.project(output.last_hidden_state) for output in outputs]
         if len(parts) == 1:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
@@ -322,7 +322,8 @@ class Step3VLImageProcessor(PilBackend):
             `ValueError`: if it is none of these, or its shape or values are not a picture's.
         """
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # otherwise it would be copied
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
                 image = Image.fromarray(to_8_bit(np.asarray(image)))
         else:
@@ -341,7 +342,7 @@ class Step3VLImageProcessor(PilBackend):
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
         wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
-        return image.convert("RGB") if wants_rgb else image
+        return image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
 
     def _preprocess(
         self,
