@@ -508,9 +508,12 @@ class Step3VLPreTrainedModel(PreTrainedModel):
                 model is saved under the released names; `fusion_report` tells what was rewritten.
 
         Raises:
+            `TypeError`: if `fusion_config` is no dictionary.
             `ValueError`: if a fusion is unknown, two replace the same module, or the model is quantised or split over
             ranks.
         """
+        if not isinstance(fusion_config, Mapping | None):
+            raise TypeError(f"`fusion_config` must be a dictionary of fusions, got {type(fusion_config).__name__}.")
         if unknown := set(fusion_config or ()) - set(_FUSION_REGISTRY):
             unknown = ", ".join(map(str, unknown))
             raise ValueError(f"`fusion_config` must name some of {', '.join(FUSIONS)}, got {unknown}.")
@@ -529,8 +532,7 @@ class Step3VLPreTrainedModel(PreTrainedModel):
     @classmethod
     def get_init_context(cls, *args, **kwargs) -> list:
         """As for any model, with the fused classes in place: in this module alone, wherever it was imported from."""
-        replacements = {name: fused for name, fused in get_patch_mapping().items() if name in globals()}
-        unregister_patch_mapping(list(replacements))
+        replacements = _unregister_fused_classes()
         return [*super().get_init_context(*args, **kwargs), _replaced_here(replacements)]
 
     def check_fusions(self, fusion_config: Mapping[str, bool]) -> None:
@@ -1333,6 +1335,13 @@ FUSIONS = {
 _FUSION_REGISTRY.update(FUSIONS)
 
 
+def _unregister_fused_classes() -> dict[str, type[nn.Module]]:
+    """Takes the classes that a [`ProjectionFusionSpec`] made, by the names of what they replace, from transformers'."""
+    fused_classes = {name: fused for name, fused in get_patch_mapping().items() if hasattr(fused, "fusion")}
+    unregister_patch_mapping(list(fused_classes))
+    return fused_classes
+
+
 @contextmanager
 def _fusions_of_one_load():
     """What transformers registers to fuse one model is gone after it, and does not fuse those that follow."""
@@ -1340,7 +1349,7 @@ def _fusions_of_one_load():
     try:
         yield
     finally:
-        unregister_patch_mapping([name for name in get_patch_mapping() if name in globals()])
+        _unregister_fused_classes()
         for name, mapping in conversions.items():
             register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 

@@ -139,6 +139,8 @@ def test_fp8_weights_are_fused_once_they_are_dequantised(tmp_path, monkeypatch):
 def test_what_does_not_go_is_refused(directory, monkeypatch):
     with pytest.raises(ValueError, match="`fusion_config` must name some of step3_qkv, step3_gate_up, got qkv"):
         load(directory, {"qkv": True})
+    with pytest.raises(TypeError, match="`fusion_config` must be a dictionary of fusions, got list"):
+        load(directory, ["step3_qkv"])
     another = type(transformers.fusion_mapping._FUSION_REGISTRY["step3_qkv"])(
         "another", "Step3TextAttention", ("self_attn",), ("k_proj", "v_proj"), "k_v_proj", lambda config, _: [16, 16]
     )

@@ -246,7 +246,7 @@ def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
 def test_a_compiled_token_reads_its_experts_where_they_are(dtype):
     config = small_config(text={"moe_intermediate_size": 512, "hidden_size": 64})
     model = small_model(config, dtype=dtype).model.language_model
-    assert model.get_experts_implementation()["text_config"] == "step3"
+    assert model.config._experts_implementation == "step3"
     past = StaticCache(config=model.config, max_cache_len=40)
     step = {"input_ids": torch.tensor([[5]]), "past_key_values": past, "attention_mask": torch.ones(1, 10).long()}
     with torch.no_grad():
