@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,26 +187,44 @@ def memory_in_use(field: str) -> int:
     return next(int(line[1]) * 1024 for line in lines if line[0] == field)
 
 
-def measure(machine: Machine, contenders: dict[str, Callable], limit: Callable[[], float], repeats: int) -> list[dict]:
+@dataclass
+class Case:
     """
-    Seconds of each contender, in turn, and of the machine's limit beside each call: `limit` measures it and returns the
-    seconds that the same work would take. The rows have medians, the spread, and ratios of the same repeats.
+    Something to measure.
+
+    Args:
+        name: What it is, in the columns of the table; `what` is one of them, and of equal others `original`.
+        call: Does it once.
+        work: How many bytes it reads or operations it takes at least.
+        held: Bytes that it holds between calls.
     """
-    for call in contenders.values():
-        call()
-    limit()
-    seconds = {name: [] for name in contenders}
-    limits = {name: [] for name in contenders}
+
+    name: dict[str, str | int]
+    call: Callable[[], object]
+    work: float
+    held: int = 0
+
+
+def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], float], repeats: int) -> list[dict]:
+    """
+    Seconds of each case, in turn, and beside each call what the machine takes at least for a unit of work. The rows
+    have medians, the spread, and the medians of each repeat's ratios.
+    """
+    for case in cases:
+        case.call()
+    seconds_of_work()
+    seconds, limits = [[] for _ in cases], [[] for _ in cases]
     for _ in range(repeats):
-        for name, call in contenders.items():
-            limits[name].append(limit())
-            seconds[name].append(machine.seconds(call))
+        for case, own, limit in zip(cases, seconds, limits, strict=True):
+            limit.append(seconds_of_work() * case.work)
+            own.append(machine.seconds(case.call))
     rows = []
-    for name, values in seconds.items():
-        row = {"what": name, "seconds": statistics.median(values), "low": min(values), "high": max(values)}
-        for ratio, others in (("of_limit", limits[name]), ("against_original", seconds["original"])):
-            row[ratio] = statistics.median(other / own for other, own in zip(others, values, strict=True))
-        rows.append(row)
+    for case, own, limit in zip(cases, seconds, limits, strict=True):
+        original = seconds[[other.name for other in cases].index({**case.name, "what": "original"})]
+        row = {**case.name, "seconds": statistics.median(own), "low": min(own), "high": max(own)}
+        for ratio, others in (("of_limit", limit), ("against_original", original)):
+            row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
+        rows.append({**row, "bytes": case.held + machine.peak_bytes(case.call)})
     return rows
 
 
@@ -248,70 +268,59 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
     """One token after `context` others."""
     plain = make_text_model(size, dtype, machine, {}, options.layers)
     fused = make_text_model(size, dtype, machine, FUSIONS, options.layers)
-    models = {"original": as_original(plain), "package": plain, "package, fused": fused}
+    config = plain.config
+    torch._dynamo.config.recompile_limit = 1000  # each context has kernels of its own
     mode = "max-autotune-no-cudagraphs" if machine.device.type == "cuda" else None
-    rows = []
+
+    def eager(model, cache, ids):
+        model(input_ids=ids, past_key_values=cache)
+        cache.crop(-1)
+
+    cases = []
     for context in options.context:
         for batch in options.batch:
-            ids = torch.randint(10, plain.config.vocab_size, (batch, 1), device=machine.device)
-            read, _ = active_weights(plain, batch)
-            cached = 2 * batch * context * plain.config.num_hidden_layers * plain.config.head_dim
-            num_bytes = (read + cached) * dtype.itemsize
+            ids = torch.randint(10, config.vocab_size, (batch, 1), device=machine.device)
+            cached = 2 * batch * context * config.num_hidden_layers * config.head_dim * dtype.itemsize
+            work = active_weights(plain, batch)[0] * dtype.itemsize + cached
+            for what, model in (("original", as_original(plain)), ("package", plain), ("package, fused", fused)):
+                cache = fill(DynamicCache(config=config), model, batch, context)
+                name = {"context": context, "batch": batch, "what": what}
+                cases.append(Case(name, partial(eager, model, cache, ids), work, cached))
+                if options.compile and what != "original":
+                    room = context + options.repeats + 16
+                    cache = fill(StaticCache(config=config, max_cache_len=room), model, batch, context)
+                    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
+                    call = partial(forward, input_ids=ids, past_key_values=cache)
+                    cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
+    rows = measure(machine, cases, machine.seconds_per_byte, options.repeats)
+    return [{**row, "tokens_per_second": row["batch"] / row["seconds"]} for row in rows]
 
-            def step(forward, cache, ids=ids):
-                return lambda: forward(input_ids=ids, past_key_values=cache, use_cache=True)
 
-            def eager_step(model, cache, ids=ids):
-                def call():
-                    model(input_ids=ids, past_key_values=cache)
-                    cache.crop(-1)
-
-                return call
-
-            contenders = {
-                name: eager_step(model, fill(DynamicCache(config=model.config), model, batch, context))
-                for name, model in models.items()
-            }
-            torch._dynamo.reset()  # each context has kernels of its own, as in a run of its own
-            for name in ("package", "package, fused") if options.compile else ():
-                model = models[name]
-                cache = StaticCache(config=model.config, max_cache_len=context + options.repeats + 16)
-                forward = torch.compile(model.forward, fullgraph=True, mode=mode)
-                contenders[f"{name}, compiled"] = step(forward, fill(cache, model, batch, context))
-            measured = measure(machine, contenders, lambda n=num_bytes: machine.seconds_per_byte() * n, options.repeats)
-            for row in measured:
-                row |= {"context": context, "batch": batch, "tokens_per_second": batch / row["seconds"]}
-                row["bytes"] = machine.peak_bytes(contenders[row["what"]]) + cached * dtype.itemsize
-            rows += measured
-            del contenders
-    return rows
+def attention_flops(config: Step3TextConfig, context: int) -> float:
+    """Of each token of a prompt, which sees half of it."""
+    return 2 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
 def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
     plain = make_text_model(size, dtype, machine, {}, options.layers)
-    models = {"original": as_original(plain), "package": plain}
-    models["package, fused"] = make_text_model(size, dtype, machine, FUSIONS, options.layers)
-    config = plain.config
-    rows = []
+    fused = make_text_model(size, dtype, machine, FUSIONS, options.layers)
+    models = {"original": as_original(plain), "package": plain, "package, fused": fused}
+    head = plain.lm_head.weight.numel()
+    multiplied = active_weights(plain, 1)[1] - head
+    cases = []
     for context in options.context:
         for batch in options.batch:
-            ids = torch.randint(10, config.vocab_size, (batch, context), device=machine.device)
+            ids = torch.randint(10, plain.config.vocab_size, (batch, context), device=machine.device)
             mask = torch.ones_like(ids)
             mask[1:, : context // 4] = 0
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": 1}
-            _, multiplied = active_weights(plain, 1)
-            flops = 2 * multiplied * batch * context - 2 * plain.lm_head.weight.numel() * batch * (context - 1)
-            flops += 2 * batch * context**2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-            contenders = {name: lambda model=model, inputs=inputs: model(**inputs) for name, model in models.items()}
-            measured = measure(
-                machine, contenders, lambda n=flops: machine.seconds_per_flop(dtype) * n, options.repeats
-            )
-            for row in measured:
-                row |= {"context": context, "batch": batch, "tokens_per_second": batch * context / row["seconds"]}
-                row["bytes"] = machine.peak_bytes(contenders[row["what"]])
-            rows += measured
-    return rows
+            work = batch * (context * (2 * multiplied + attention_flops(plain.config, context)) + 2 * head)
+            for what, model in models.items():
+                name = {"context": context, "batch": batch, "what": what}
+                cases.append(Case(name, partial(model, **inputs), work))
+    rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
+    return [{**row, "tokens_per_second": row["batch"] * row["context"] / row["seconds"]} for row in rows]
 
 
 def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
@@ -343,11 +352,12 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
         rows = (side // vision_config.patch_size) ** 2 + 4
         weights = vision_config.hidden_size * (4 * vision_config.hidden_size + 2 * vision_config.intermediate_size)
         flops += count * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
-    contenders = {"original": one_at_a_time, "package": lambda: model.encode_pictures(views, patches, counts)}
-    measured = measure(machine, contenders, lambda: machine.seconds_per_flop(dtype) * flops, options.repeats)
-    for row in measured:
-        row |= {"pictures_per_second": 8 / row["seconds"], "bytes": machine.peak_bytes(contenders[row["what"]])}
-    return measured
+    cases = [
+        Case({"what": "original"}, one_at_a_time, flops),
+        Case({"what": "package"}, partial(model.encode_pictures, views, patches, counts), flops),
+    ]
+    rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
+    return [{**row, "pictures_per_second": 8 / row["seconds"]} for row in rows]
 
 
 def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
@@ -374,50 +384,40 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
         return torch.cat(views), torch.cat(patches)
 
     noise = np.random.default_rng(0)
-    rows = []
+    cases = []
     for name, size, count in (("3024 x 3024", (3024, 3024), 1), ("8 of 1000 x 700", (700, 1000), 8)):
         pictures = [Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(count)]
         outputs = processor(pictures, return_tensors="pt")
         views, patches = one_at_a_time(pictures)
         if not (torch.equal(outputs["pixel_values"], views) and torch.equal(outputs["patch_pixel_values"], patches)):
             sys.exit("The package's pixels are not those of the plain path.")
-        num_bytes = 4 * (views.numel() + patches.numel()) + sum(3 * size[0] * size[1] for _ in pictures)
-        contenders = {
-            "original": lambda pictures=pictures: one_at_a_time(pictures),
-            "package": lambda pictures=pictures: processor(pictures, return_tensors="pt"),
-        }
-        measured = measure(machine, contenders, lambda n=num_bytes: machine.seconds_per_byte() * n, options.repeats)
-        rows += [row | {"pictures": name, "pictures_per_second": count / row["seconds"]} for row in measured]
-    return rows
+        work = 3 * count * size[0] * size[1] + views.nbytes + patches.nbytes
+        cases.append(Case({"pictures": name, "what": "original"}, partial(one_at_a_time, pictures), work))
+        call = partial(processor, pictures, return_tensors="pt")
+        cases.append(Case({"pictures": name, "what": "package"}, call, work))
+    return measure(machine, cases, machine.seconds_per_byte, options.repeats)
 
 
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """One step forward and backward over `context` tokens."""
     plain = make_text_model(size, dtype, machine, {}, options.layers).train()
-    models = {"original": as_original(plain), "package": plain}
-    config = plain.config
-    rows = []
+    multiplied = active_weights(plain, 1)[1]
+
+    @torch.enable_grad()
+    def step(model, ids):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    cases = []
     for context in options.context:
         for batch in options.batch:
-            ids = torch.randint(10, config.vocab_size, (batch, context), device=machine.device)
-            _, multiplied = active_weights(plain, 1)
-            attention = 2 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
-            flops = 3 * batch * context * (2 * multiplied + attention)
-
-            def call(model, ids=ids):
-                with torch.enable_grad():
-                    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-                model.zero_grad()
-
-            contenders = {name: lambda model=model, call=call: call(model) for name, model in models.items()}
-            measured = measure(
-                machine, contenders, lambda n=flops: machine.seconds_per_flop(dtype) * n, options.repeats
-            )
-            for row in measured:
-                row |= {"context": context, "batch": batch, "tokens_per_second": batch * context / row["seconds"]}
-                row["bytes"] = machine.peak_bytes(contenders[row["what"]])
-            rows += measured
-    return rows
+            ids = torch.randint(10, plain.config.vocab_size, (batch, context), device=machine.device)
+            work = 3 * batch * context * (2 * multiplied + attention_flops(plain.config, context))
+            for what, model in (("original", as_original(plain)), ("package", plain)):
+                name = {"context": context, "batch": batch, "what": what}
+                cases.append(Case(name, partial(step, model, ids), work))
+    rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
+    return [{**row, "tokens_per_second": row["batch"] * row["context"] / row["seconds"]} for row in rows]
 
 
 # Converting and loading -----------------------------------------------------------------------------------------------
@@ -595,20 +595,20 @@ def plot(path: Path, rows: list[dict], machine: Machine) -> None:
     lines = {}
     for row in rows:
         lines.setdefault((row["size"], row["dtype"], row["batch"], row["what"]), []).append(row)
-    several = {index: len({key[index] for key in lines}) > 1 for index in range(3)}
-    for key, points in lines.items():
-        label = ", ".join([key[3], *(str(key[index]) for index in range(3) if several[index])])
+    colors = {what: f"C{index}" for index, what in enumerate(dict.fromkeys(key[3] for key in lines))}
+    styles = dict(zip(dict.fromkeys(key[:3] for key in lines), ["-", "--", ":", "-."] * len(lines), strict=False))
+    for (*case, what), points in lines.items():
+        label = ", ".join([what, *(str(part) for index, part in enumerate(case) if len({k[index] for k in lines}) > 1)])
         contexts = [point["context"] for point in points]
-        speed.plot(contexts, [point["tokens_per_second"] for point in points], marker="o", label=label)
-        memory.plot(contexts, [point["bytes"] / 1e6 for point in points], marker="o", label=label)
+        style = {"color": colors[what], "linestyle": styles[tuple(case)], "marker": ".", "label": label}
+        speed.plot(contexts, [point["tokens_per_second"] for point in points], **style)
+        memory.plot(contexts, [point["bytes"] / 1e6 for point in points], **style)
     for axes, name in ((speed, "tokens a second"), (memory, "MB beyond the weights, cache included")):
         axes.set(xlabel="tokens of context", ylabel=name, xscale="log", ylim=(0, None))
-        axes.set_xticks(
-            sorted({row["context"] for row in rows}), [f"{n}" for n in sorted({r["context"] for r in rows})]
-        )
+        axes.set_xticks(contexts, contexts)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    speed.legend()
+    memory.legend(fontsize=8)
     figure.suptitle(f"Decoding a token at a time: {machine.name}", fontsize=10)
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=110, format="png")

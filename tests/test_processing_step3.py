@@ -69,13 +69,14 @@ def test_a_batch_is_its_pictures_one_by_one():
     alone = [image_processor(picture, return_tensors="pt") for picture in pictures]
     for name in ("pixel_values", "num_patches", "patch_pixel_values"):
         assert torch.equal(together[name], torch.cat([one[name] for one in alone if name in one])), name
-    # One resize for each side of the squares there are, not one for each picture or patch.
+    # One resize for the view and one for all patches, if they have another size.
     calls = []
     resize = torch.nn.functional.interpolate
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "interpolate", lambda x, **k: calls.append(x.shape) or resize(x, **k))
-        image_processor([noise(100, 100, seed=i) for i in range(5)])
-        assert [shape[0] for shape in calls] == [5]
+        output = image_processor([noise(100, 40), noise(300, 80)])
+        assert output["num_patches"] == [3, 12]
+        assert [shape[0] for shape in calls] == [1, 3, 1]
 
 
 def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -102,7 +103,18 @@ def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tupl
 
 @pytest.mark.parametrize(
     "size",
-    [(3024, 3024), (3100, 500), (1000, 700), (1008, 1512), (800, 300), (504, 504), (728, 300), (20, 100), (1, 300)],
+    [
+        (3024, 3024),
+        (3100, 500),
+        (1000, 700),
+        (1008, 700),
+        (1008, 1512),
+        (800, 300),
+        (504, 504),
+        (728, 300),
+        (20, 100),
+        (1, 300),
+    ],
 )
 def test_pixels_are_those_of_the_plain_path_bit_by_bit(size):
     processor, picture = Step3VLImageProcessor(), noise(*size)

@@ -358,12 +358,11 @@ class Step3VLImageProcessor(PilBackend):
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
-        def to_pixels(images: list[Image.Image]) -> torch.Tensor:
-            """Rescaled and normalised pixels (n, channels, height, width) of pictures of one size."""
-            tensors = [to_tensor(image) for image in images]
-            pixels = empty(len(images), *tensors[0].shape)
-            for target, tensor in zip(pixels, tensors, strict=True):
-                target.copy_(tensor)
+        # A picture at a time: several together leave the processor's caches, and take longer.
+        def to_pixels(image: Image.Image) -> torch.Tensor:
+            """Rescaled and normalised pixels (1, channels, height, width)."""
+            tensor = to_tensor(image)
+            pixels = empty(1, *tensor.shape).copy_(tensor)
             if do_rescale:
                 pixels.mul_(rescale_factor)
             if do_normalize:
@@ -387,36 +386,28 @@ class Step3VLImageProcessor(PilBackend):
         max_side = kwargs["max_image_size"]
         plans = [self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=max_side) for image in images]
         num_patches = [plan.num_patches for plan in plans]
-        if len(modes := {image.getbands() for image in images}) > 1:
-            raise ValueError(f"The pictures of a batch must have the same channels, got {sorted(modes)}.")
+        if len(channels := {image.getbands() for image in images}) > 1:
+            raise ValueError(f"The pictures of a batch must have the same channels, got {sorted(channels)}.")
         num_channels = len(images[0].getbands())
         pixel_values = empty(len(images), num_channels, size.height, size.height)
         patches = empty(sum(num_patches), num_channels, patch_size, patch_size)
-        patches_of = patches.split(num_patches)
-        alike = {}  # pictures of one size have one plan
-        for index, image in enumerate(images):
-            alike.setdefault(image.size, []).append(index)
-        for indices in alike.values():
-            plan = plans[indices[0]]
-            views = [images[index] for index in indices]
-            if plan.padded_size != views[0].size:
-                views = [image.crop((0, 0, *plan.padded_size)) for image in views]
-            if plan.view_size != views[0].size:
-                views = [image.resize(plan.view_size, resample) for image in views]
-            pixels = to_pixels(views)
-            pixel_values[indices] = resize(pixels, size.height)
+        for image, plan, view, own_patches in zip(images, plans, pixel_values, patches.split(num_patches), strict=True):
+            if plan.padded_size != image.size:
+                image = image.crop((0, 0, *plan.padded_size))
+            if plan.view_size != image.size:
+                image = image.resize(plan.view_size, resample)
+            pixels = to_pixels(image)
+            view.copy_(resize(pixels, size.height)[0])
             if plan.num_patches == 0:
                 continue
             covered = (plan.columns * plan.window, plan.rows * plan.window)
             if not plan.view_size == plan.cut_size == covered:  # otherwise the patches have the view's own pixels
-                cuts = [image.resize(plan.cut_size, resample) for image in views]  # a copy if it has that size
-                pixels = to_pixels([image.crop((0, 0, *covered)) for image in cuts])
-            squares = pixels.unflatten(3, (plan.columns, -1)).unflatten(2, (plan.rows, -1)).permute(0, 2, 4, 1, 3, 5)
-            for index, own in zip(indices, squares, strict=True):
-                if plan.window == patch_size:
-                    patches_of[index].unflatten(0, (plan.rows, plan.columns)).copy_(own)
-                else:
-                    patches_of[index].copy_(resize(own.flatten(0, 1), patch_size))
+                pixels = to_pixels(image.resize(plan.cut_size, resample).crop((0, 0, *covered)))
+            squares = pixels[0].unflatten(2, (plan.columns, -1)).unflatten(1, (plan.rows, -1)).permute(1, 3, 0, 2, 4)
+            if plan.window == patch_size:
+                own_patches.unflatten(0, (plan.rows, plan.columns)).copy_(squares)
+            else:
+                own_patches.copy_(resize(squares.flatten(0, 1), patch_size))
 
         data = {"pixel_values": pixel_values, "num_patches": num_patches}
         if len(patches):
