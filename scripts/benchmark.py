@@ -633,7 +633,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="rows (default: 1)")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled decoding step")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--repeats", type=positive, default=11, help="(default: 11)")
     parser.add_argument("--gigabytes", type=float, default=4, help="of weights to load (default: 4)")
     parser.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
@@ -641,6 +641,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed and memory; needs matplotlib")
     options = parser.parse_args()
     names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
     if options.plot and "decode" not in names:
         parser.error("--plot is of decode")
     for path in (options.json, options.plot):

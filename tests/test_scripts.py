@@ -92,10 +92,11 @@ def test_benchmark(tmp_path):
 def test_benchmark_names_what_is_wrong(tmp_path):
     for arguments, message in [
         (("decode", "--batch", 0), "must be 1 at least, got 0"),
+        (("decode", "--device", "cuda"), "there is no CUDA device here"),
         (("prefill", "--plot", tmp_path / "plot.png"), "--plot is of decode"),
         (("decode", "--json", tmp_path / "none" / "results.json"), f"there is no folder {tmp_path / 'none'}"),
     ]:
-        result = run("benchmark.py", *arguments)
+        result = run("benchmark.py", *arguments, CUDA_VISIBLE_DEVICES="")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
