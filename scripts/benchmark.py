@@ -490,7 +490,7 @@ def seconds_of(*command) -> float:
     return time.perf_counter() - start
 
 
-def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str, list[float]]:
+def measure_load(gigabytes: float, repeats: int, directory: Path) -> dict[str, list[float]]:
     """
     Seconds of `cp`, which leaves it to the system when its copy gets to the disk, of `cp` until it is there, a rewrite
     into other shards and an adoption; of reading the weights with safetensors alone and with `from_pretrained`; and
@@ -529,9 +529,9 @@ def benchmark_load(gigabytes: float, repeats: int, directory: Path) -> dict[str,
     return measured
 
 
-def benchmark_load_rows(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
+def benchmark_load(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
     """Converting and loading a checkpoint, beside `cp` and safetensors."""
-    measured = benchmark_load(options.gigabytes, options.repeats, options.directory)
+    measured = measure_load(options.gigabytes, options.repeats, options.directory)
     limits = {"rewrite": "cp and sync", "adopt": "cp and sync", "from_pretrained": "safetensors"}
     rows = []
     for name, values in measured.items():
@@ -553,7 +553,7 @@ BENCHMARKS = {
     "prefill": benchmark_prefill,
     "vision": benchmark_vision,
     "preprocess": benchmark_preprocess,
-    "load": benchmark_load_rows,
+    "load": benchmark_load,
     "train": benchmark_train,
 }
 LIMITS = {

@@ -63,6 +63,10 @@ def compare(rank, port, directory, options):
         assert saved.keys() == expected.keys()
         for name in saved:
             assert torch.equal(saved[name], expected[name]), name
+    with pytest.raises(ValueError, match="`fusion_config` .*step3_gate_up.* split over ranks"):
+        Step3VLForConditionalGeneration.from_pretrained(
+            directory, distributed_config=DistributedConfig(tp_size=2), fusion_config={"step3_gate_up": True}
+        )
     dist.barrier()
     dist.destroy_process_group()
 
