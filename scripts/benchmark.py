@@ -68,7 +68,7 @@ TEXT_SIZES = {
         "share_expert_dim": 1024,
         "vocab_size": 8192,
     },
-    "real-layer": {"num_hidden_layers": 3},  # a dense layer and two of experts, 10.6 GB each in bfloat16
+    "real-layer": {},  # the released dimensions: a layer of experts is 10.6 GB in bfloat16
 }
 VISION_SIZES = {
     "tiny": {
@@ -230,9 +230,8 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
 
 def make_text_model(size: str, dtype: torch.dtype, machine: Machine, fusions: dict, layers: int) -> PreTrainedModel:
     """A random model, made where it is to run; a seed makes them alike, but for what is fused."""
-    config = Step3TextConfig(**TEXT_SIZES[size], moe_layers_enum=None)
-    if size == "real-layer":
-        config = Step3TextConfig(num_hidden_layers=1 + layers, moe_layers_enum=None)
+    depth = {"num_hidden_layers": 1 + layers} if size == "real-layer" else {}
+    config = Step3TextConfig(**TEXT_SIZES[size], **depth, moe_layers_enum=None)
     torch.manual_seed(0)
     with machine.device:
         model = Step3TextForCausalLM.from_pretrained(
@@ -360,9 +359,9 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
     return [{**row, "pictures_per_second": 8 / row["seconds"]} for row in rows]
 
 
-def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
-    """Pictures to pixels on the CPU: one of 3024 x 3024 pixels, with 36 patches, and eight of 1000 x 700."""
-    processor = Step3VLImageProcessor()
+def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The global view of an RGB picture and its patches, a square at a time, each through every step."""
+    plan = processor.plan(*picture.size)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
 
     def finish(square: Image.Image, side: int) -> torch.Tensor:
@@ -370,18 +369,26 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
         pixels = ((pixels - mean) / std)[None]
         return nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
+    if plan.padded_size != picture.size:
+        padded = Image.new("RGB", plan.padded_size)
+        padded.paste(picture)
+        picture = padded
+    if plan.view_size != picture.size:
+        picture = picture.resize(plan.view_size, Image.Resampling.BILINEAR)
+    view = finish(picture, processor.size["height"])
+    cut = picture.resize(plan.cut_size, Image.Resampling.BILINEAR)
+    corners = [(column * plan.window, row * plan.window) for row in range(plan.rows) for column in range(plan.columns)]
+    squares = (cut.crop((left, top, left + plan.window, top + plan.window)) for left, top in corners)
+    return view, [finish(square, processor.patch_size) for square in squares]
+
+
+def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
+    """Pictures to pixels on the CPU: one of 3024 x 3024 pixels, with 36 patches, and eight of 1000 x 700."""
+    processor = Step3VLImageProcessor()
+
     def one_at_a_time(pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-        views, patches = [], []
-        for picture in pictures:
-            plan = processor.plan(*picture.size)
-            views.append(finish(picture, 728))
-            picture = picture.resize(plan.cut_size, Image.Resampling.BILINEAR)
-            for row in range(plan.rows):
-                for column in range(plan.columns):
-                    left, top = column * plan.window, row * plan.window
-                    square = picture.crop((left, top, left + plan.window, top + plan.window))
-                    patches.append(finish(square, 504))
-        return torch.cat(views), torch.cat(patches)
+        views, patches = zip(*(plain_pixels(processor, picture) for picture in pictures), strict=True)
+        return torch.cat(views), torch.cat([patch for own in patches for patch in own])
 
     noise = np.random.default_rng(0)
     cases = []
