@@ -18,11 +18,30 @@ its `config.json`, so that what is saved here also reads in the serving engines.
 rest of transformers looks for.
 """
 
-import transformers
+import inspect
+
 from huggingface_hub.dataclasses import strict
-from packaging.version import Version
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What differs between releases of transformers
+# ---------------------------------------------------------------------------------------------------------------------
+# Each is asked of the release that is there, and goes when the release it names is the oldest one supported.
+
+# 5.24: what `generate`, the masks and the outputs call a cache; `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# 5.19: experts on several ranks are sent their tokens; before, an expert-parallel plan stands in for the
+# tensor-parallel one instead of going beside it.
+DISPATCHES_TOKENS = "ep_dispatch_experts" in ALL_PARALLEL_STYLES
+# 5.21: an output that ranks make parts of is gathered whatever its width; before, the ranks must divide it.
+GATHERS_UNEVEN_OUTPUTS = "validate_param" not in vars(type(ALL_PARALLEL_STYLES["colwise_gather_output"]))
+# 5.20: `sub_configs_defaults`, beside `sub_configs` in Step3VLConfig.
+# 5.17: `_defaults`, in Step3VLProcessorKwargs.
+# 5.17: AutoImageProcessor is imported from its module by the package, as the top level has it only with torchvision.
 
 
 # Layers with routed experts in the released model: all but the first four and the last.
@@ -207,7 +226,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     model_type = "step3_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 500000.0
     carried_auto_map = STEP3_TEXT_AUTO_MAP
     attribute_map = {
@@ -238,7 +257,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "layers.*.share_expert.up_proj": "colwise",
         "layers.*.share_expert.down_proj": "rowwise",
     }
-    if Version(transformers.__version__) >= Version("5.19"):
+    if DISPATCHES_TOKENS:
         base_model_ep_plan = {
             "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
             "layers.*.moe.experts.down_proj": "grouped_gemm",
@@ -425,7 +444,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "step3_vl"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     carried_auto_map = STEP3_VL_AUTO_MAP
     sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
     sub_configs_defaults = sub_configs  # the name since transformers 5.20

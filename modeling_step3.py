@@ -17,6 +17,8 @@ Read from top to bottom, in the order data flows: the names on disk, the vision 
 together, the language-model heads.
 """
 
+import functools
+import inspect
 import math
 import mmap
 import os
@@ -30,7 +32,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from packaging.version import Version
 from safetensors import safe_open
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -73,7 +74,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, num_image_tokens
+from .configuration_step3 import (
+    CACHE_NAME,
+    GATHERS_UNEVEN_OUTPUTS,
+    Step3TextConfig,
+    Step3VisionEncoderConfig,
+    Step3VLConfig,
+    num_image_tokens,
+)
 
 
 if is_torch_distributed_available():
@@ -167,6 +175,28 @@ def _check_on_device(condition: torch.Tensor, message: str) -> None:
     """The same without waiting: a `RuntimeError` on a CPU, and a device-side assertion on a GPU."""
     if condition.device.type != "meta":
         torch._assert_async(condition.all(), message)
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
+    """
+    The cache that came under its name or its older one, `past_key_values`.
+
+    Raises:
+        `ValueError`: if it came under both.
+        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
+    for name, value in (others or {}).items():
+        if isinstance(value, Cache):
+            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
+    return past_key_values if cache is None else cache
+
+
+@functools.cache
+def parameters_of(function: Callable) -> set[str]:
+    """The names of a function's parameters."""
+    return set(inspect.signature(function).parameters)
 
 
 def _check_tensors(**arguments) -> None:
@@ -484,7 +514,7 @@ class Step3VLPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["Step3VisionEmbeddings", "Step3VisionEncoderLayer", "Step3TextDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -775,7 +805,7 @@ class Step3TextAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -789,8 +819,8 @@ class Step3TextAttention(nn.Module):
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -960,15 +990,17 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        cache = one_cache(cache, past_key_values)
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_embeddings=position_embeddings,
             **kwargs,
         )
@@ -1013,7 +1045,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> None:
         """
         Checks everything before the cache is written to. Values are looked at for several tokens; for a single one
@@ -1027,11 +1059,11 @@ class Step3TextModel(Step3VLPreTrainedModel):
         batch_size, num_new, _ = inputs_embeds.shape
         is_decoding = num_new == 1
         cached, room = 0, None
-        if past_key_values is not None:
+        if cache is not None:
             if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
-                self.check_cache(past_key_values, batch_size)
-            cached = past_key_values.get_seq_length()
-            room = past_key_values.get_max_length()
+                self.check_cache(cache, batch_size)
+            cached = cache.get_seq_length()
+            room = cache.get_max_length()
         total = cached + num_new
         for limit, owner in (
             (room, "the cache's"),
@@ -1089,35 +1121,35 @@ class Step3TextModel(Step3VLPreTrainedModel):
                 )
 
     def mask_one_token(
-        self, attention_mask: torch.Tensor, dtype: torch.dtype, past_key_values: Cache | None
+        self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None
     ) -> torch.Tensor:
         """
         What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
         transformers' own masks wait for the device, to learn whether there is any padding.
         """
         mask = attention_mask.bool()
-        room = -1 if past_key_values is None else past_key_values.get_max_length()
+        room = -1 if cache is None else cache.get_max_length()
         if room > 0:  # a static cache, whose keys reach beyond the tokens so far
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
-            mask = mask & (torch.arange(room, device=mask.device) <= past_key_values.get_seq_length())
+            mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
         if self.config._attn_implementation == "eager":
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
-    def check_cache(self, past_key_values: Cache, batch_size: int) -> None:
+    def check_cache(self, cache: Cache, batch_size: int) -> None:
         """
         Raises:
             `ValueError`: if the cache holds keys of another model or another batch.
         """
-        filled = [layer for layer in past_key_values.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+        filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
         filled = [layer for layer in filled if layer.keys.ndim == 4]
         num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
         shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
         lengths = {layer.keys.shape[2] for layer in filled}
         if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
             raise ValueError(
-                f"`past_key_values` must be a cache of this model, with {num_layers} layers of keys for a batch of "
+                f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of "
                 f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
                 f"{sorted(shapes)} and {sorted(lengths)} tokens."
             )
@@ -1129,9 +1161,10 @@ class Step3TextModel(Step3VLPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """
@@ -1141,7 +1174,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
                 `(batch, cached + new tokens)` with 0 at padding, or a 4-D mask as transformers builds it, or a
                 dictionary that holds one under `"full_attention"`.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Positions of the tokens.
-            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
 
@@ -1149,19 +1182,20 @@ class Step3TextModel(Step3VLPreTrainedModel):
             `ValueError`: if both or neither of `input_ids` and `inputs_embeds` are given, or a dictionary of masks
             lacks the one that is needed.
         """
+        cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         if inputs_embeds is None:
             _check_token_ids(input_ids, self.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
-        self.check_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
+        self.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
 
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_seen_tokens = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
@@ -1173,14 +1207,14 @@ class Step3TextModel(Step3VLPreTrainedModel):
             and attention_mask.ndim == 2
             and self.config._attn_implementation in ("eager", "sdpa")
         ):
-            causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, past_key_values)
+            causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, cache)
         else:
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
 
         hidden_states = inputs_embeds
@@ -1191,10 +1225,10 @@ class Step3TextModel(Step3VLPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1576,10 +1610,11 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Step3VLModelOutputWithPast:
         """
@@ -1595,6 +1630,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         Raises:
             `ValueError`: if pictures are given in more than one form, or do not fit the image tokens.
         """
+        cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -1626,7 +1662,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
         elif input_ids is not None and input_ids.shape[1] > 1:
             # What follows cached tokens may hold an image token that the model itself came up with.
-            cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cached = 0 if cache is None else cache.get_seq_length()
             if isinstance(cached, int) and cached == 0:
                 image_token_mask = self.get_image_token_mask(input_ids, None)
                 _check_values(
@@ -1638,7 +1674,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -1659,10 +1695,55 @@ class Step3LanguageModelHead:
 
     def post_init(self):
         super().post_init()
-        # Before 5.21 a gathered output must divide by the number of ranks, which the released vocabulary of 128815
-        # does not. Only a head of its own can stay whole; a tied one is split with the embedding.
-        if Version(transformers.__version__) < Version("5.21") and not self.config.tie_word_embeddings:
+        # The released vocabulary of 128815 divides by few numbers of ranks. Only a head of its own can stay whole; a
+        # tied one is split with the embedding.
+        if not GATHERS_UNEVEN_OUTPUTS and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it."""
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        return super().generate(inputs, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> dict:
+        """
+        As for any model.
+
+        Raises:
+            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
+        """
+        arguments = {
+            "next_sequence_length": next_sequence_length,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "is_first_iteration": is_first_iteration,
+            CACHE_NAME: one_cache(cache, past_key_values, kwargs),
+        }
+        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
+            raise TypeError(
+                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
+                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
+            )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
+        strangers = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
+        strangers -= parameters_of(type(self).forward)
+        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
+        if strangers and missing:
+            raise TypeError(
+                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to the model, which has "
+                f"no such argument, and not {', '.join(sorted(missing))}: use a release that this model was tested with."
+            )
+        return model_inputs
 
     def predict(
         self,
@@ -1749,12 +1830,13 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -1768,13 +1850,14 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
 
         The rest is as in [`Step3TextModel`].
         """
+        cache = one_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -1784,7 +1867,7 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
         prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         return MoeCausalLMOutputWithPast(
             **prediction,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1853,16 +1936,18 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         image_embeds: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Step3VLCausalLMOutputWithPast:
         """Arguments are those of [`Step3VLModel`] and of [`Step3TextForCausalLM`]."""
+        cache = one_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
         outputs = self.model(
@@ -1873,7 +1958,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_embeds=image_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
@@ -1884,7 +1969,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         return Step3VLCausalLMOutputWithPast(
             **prediction,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -1895,23 +1980,25 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         self,
         input_ids: torch.LongTensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> dict:
         """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
         those whose tokens it holds."""
+        cache = one_cache(cache, past_key_values, kwargs)
         has_pictures = any(kwargs.get(name) is not None for name in self._picture_inputs)
         num_new = next_sequence_length or input_ids.shape[1]
-        if has_pictures and past_key_values is not None and inputs_embeds is None and num_new > 1:
+        if has_pictures and cache is not None and inputs_embeds is None and num_new > 1:
             # What an assistant model begins with is not called its first iteration.
-            is_first_iteration = is_first_iteration or int(past_key_values.get_seq_length()) == 0
+            is_first_iteration = is_first_iteration or int(cache.get_seq_length()) == 0
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

@@ -272,7 +272,7 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
     mode = "max-autotune-no-cudagraphs" if machine.device.type == "cuda" else None
 
     def eager(model, cache, ids):
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, cache=cache)
         cache.crop(-1)
 
     cases = []
@@ -289,7 +289,7 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
                     room = context + options.repeats + 16
                     cache = fill(StaticCache(config=config, max_cache_len=room), model, batch, context)
                     forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
-                    call = partial(forward, input_ids=ids, past_key_values=cache)
+                    call = partial(forward, input_ids=ids, cache=cache)
                     cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
     rows = measure(machine, cases, machine.seconds_per_byte, options.repeats)
     return [{**row, "tokens_per_second": row["batch"] / row["seconds"]} for row in rows]

@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
+from step3_vl.configuration_step3 import CACHE_NAME
 
 
 # What the doors say they raise: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's
@@ -173,7 +174,7 @@ class Models:
         }
         self.answer = self.model(**self.inputs)
         self.step = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, 10).long()}
-        self.next_answer = self.model(**self.step, past_key_values=copy.deepcopy(self.answer.past_key_values)).logits
+        self.next_answer = self.model(**self.step, cache=copy.deepcopy(self.answer[CACHE_NAME])).logits
 
 
 def odd_tensor(choose: random.Random, like: torch.Tensor):
@@ -232,10 +233,10 @@ def odd_decode(choose: random.Random, models: Models):
     """A step from a cache that fits or not; a failed one leaves the cache as it was."""
     kind = choose.randrange(4)
     if kind <= 1:
-        cache = copy.deepcopy(models.answer.past_key_values)
+        cache = copy.deepcopy(models.answer[CACHE_NAME])
     elif kind == 2:
         cache = StaticCache(config=models.model.config, max_cache_len=choose.choice([9, 10, 20]))
-        models.model(**models.inputs, past_key_values=cache)
+        models.model(**models.inputs, cache=cache)
     else:
         cache = DynamicCache()
         for layer in range(choose.choice([1, 2, 3, 4])):
@@ -250,7 +251,7 @@ def odd_decode(choose: random.Random, models: Models):
         step["position_ids"] = odd_tensor(choose, torch.full((2, 1), 9))
     is_good = all(step.get(name) is models.step.get(name) for name in (*models.step, "position_ids")) and kind <= 1
     try:
-        logits = models.model(**step, past_key_values=cache).logits
+        logits = models.model(**step, cache=cache).logits
     except Exception:
         if int(cache.get_seq_length()) != length:
             raise AssertionError("a failed step wrote to the cache") from None

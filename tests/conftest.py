@@ -19,6 +19,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
+from step3_vl.configuration_step3 import CACHE_NAME
 
 
 logging.disable_progress_bar()
@@ -30,6 +31,11 @@ def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProc
     """Runs one of the scripts as from a shell."""
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+
+
+def cache_of(output):
+    """The cache in a model's output, whatever this release calls it."""
+    return output[CACHE_NAME]
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:

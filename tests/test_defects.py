@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, row_alone, small_batch, small_config, small_model
+from conftest import ROOT, cache_of, row_alone, small_batch, small_config, small_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from test_modeling_step3 import LargestAllocation
@@ -150,31 +150,31 @@ def test_defect_12_features_are_flat(model, batch):
 def test_defect_13_a_cache_is_never_overrun(model):
     past = StaticCache(config=model.config, max_cache_len=6)
     expected = run(model, torch.cat([IDS, IDS[:, :1]], 1)).logits
-    run(model, IDS, past_key_values=past)
+    run(model, IDS, cache=past)
     with pytest.raises(ValueError, match="2 new tokens are more than the cache's 6"):
-        run(model, IDS[:, :2], past_key_values=past)
-    assert_close(run(model, IDS[:, :1], past_key_values=past).logits, expected[:, -1:])
+        run(model, IDS[:, :2], cache=past)
+    assert_close(run(model, IDS[:, :1], cache=past).logits, expected[:, -1:])
     kept = past.layers[0].keys.clone()
     with pytest.raises(RuntimeError, match="no room for another token: the cache's 6 are taken"):
-        run(model, IDS[:, :1], past_key_values=past)
+        run(model, IDS[:, :1], cache=past)
     assert torch.equal(past.layers[0].keys, kept) and int(past.get_seq_length()) == 6
 
     short = small_model(small_config(text={"max_position_embedding": 6}))
-    past = run(short, IDS).past_key_values
+    past = cache_of(run(short, IDS))
     with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than `max_position_embedding`.* 6"):
-        run(short, IDS[:, :2], past_key_values=past)
+        run(short, IDS[:, :2], cache=past)
     assert past.get_seq_length() == 5
-    run(short, IDS[:, :1], past_key_values=past)
+    run(short, IDS[:, :1], cache=past)
     with pytest.raises(ValueError, match="6 cached and 1 new tokens"):
-        run(short, IDS[:, :1], past_key_values=past)
+        run(short, IDS[:, :1], cache=past)
 
 
 def test_defect_14_a_failed_call_loses_nothing(model, batch):
     expected = run(model, **batch)
-    cached = run(model, **batch).past_key_values
+    cached = cache_of(run(model, **batch))
     next_ids = torch.full((3, 2), 15)
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 2).long()], 1)
-    wanted = run(model, next_ids, attention_mask=mask, past_key_values=copy.deepcopy(cached)).logits
+    wanted = run(model, next_ids, attention_mask=mask, cache=copy.deepcopy(cached)).logits
     given = {name: value.clone() for name, value in batch.items()}
     for changes in (
         {"input_ids": batch["input_ids"] + 97},
@@ -189,10 +189,10 @@ def test_defect_14_a_failed_call_loses_nothing(model, batch):
     two_rows = {"input_ids": next_ids[:2], "attention_mask": mask[:2]}
     for changes in ({"attention_mask": mask[:, :-1]}, {"attention_mask": mask[:2]}, two_rows):
         with pytest.raises(ValueError):
-            run(model, **{"input_ids": next_ids, "attention_mask": mask, "past_key_values": cached, **changes})
+            run(model, **{"input_ids": next_ids, "attention_mask": mask, "cache": cached, **changes})
     assert_same_tensors(batch, given)
     assert cached.get_seq_length() == batch["input_ids"].shape[1]
-    assert torch.equal(run(model, next_ids, attention_mask=mask, past_key_values=cached).logits, wanted)
+    assert torch.equal(run(model, next_ids, attention_mask=mask, cache=cached).logits, wanted)
     assert torch.equal(run(model, **batch).logits, expected.logits)
 
 
@@ -284,7 +284,7 @@ def test_defect_21_everything_computed_is_returned(model, batch):
     model.set_attn_implementation("eager")
     output = run(model, **batch, labels=batch["input_ids"], output_hidden_states=True, output_attentions=True)
     length = batch["input_ids"].shape[1]
-    assert output.loss.isfinite() and output.past_key_values.get_seq_length() == length
+    assert output.loss.isfinite() and cache_of(output).get_seq_length() == length
     assert [state.shape for state in output.hidden_states] == [(3, length, 48)] * 4
     assert [weights.shape for weights in output.attentions] == [(3, 6, length, length)] * 3
     assert output.image_hidden_states.shape == (15, 48)
@@ -342,9 +342,9 @@ def test_defect_26_only_chosen_experts_run_and_the_key_value_head_is_not_copied(
             layer.moe.experts.gate_up_proj[others] = torch.nan
             layer.moe.experts.down_proj[others] = torch.nan
     assert_close(run(model, IDS).last_hidden_state, expected)
-    past = run(model, torch.full((2, 300), 5)).past_key_values
+    past = cache_of(run(model, torch.full((2, 300), 5)))
     with LargestAllocation() as allocation:
-        run(model, torch.full((2, 1), 5), past_key_values=past)
+        run(model, torch.full((2, 1), 5), cache=past)
     assert allocation.largest < 2 * 2 * 301 * 32
 
 

@@ -8,7 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import row_alone, small_batch, small_config, small_model
+from conftest import cache_of, row_alone, small_batch, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -119,25 +119,25 @@ def test_what_the_model_refuses():
     for shape in ((2, 4), (1, 3), (2, 3, 3), (2, 1, 4, 3)):
         fails(r"`attention_mask` must have the shape.*got \(", input_ids=IDS, attention_mask=torch.ones(shape))
     with torch.no_grad():
-        cached = model(IDS).past_key_values
-        others = small_model(small_config(text={"head_dim": 32})).eval()(IDS).past_key_values
-        deeper = small_model(small_config(text={"num_hidden_layers": 4}))(IDS).past_key_values
+        cached = cache_of(model(IDS))
+        others = cache_of(small_model(small_config(text={"head_dim": 32})).eval()(IDS))
+        deeper = cache_of(small_model(small_config(text={"num_hidden_layers": 4}))(IDS))
     step = {"input_ids": IDS[:, :1]}
-    fails("a batch of 1 and `head_dim` 16, got 3 layers", input_ids=IDS[:1, :1], past_key_values=cached)
-    fails(r"`head_dim` 16, got 3 layers with \(batch, head_dim\) \[\(2, 32\)\]", **step, past_key_values=others)
-    fails("with 3 layers of keys.*got 4 layers", **step, past_key_values=deeper)
+    fails("a batch of 1 and `head_dim` 16, got 3 layers", input_ids=IDS[:1, :1], cache=cached)
+    fails(r"`head_dim` 16, got 3 layers with \(batch, head_dim\) \[\(2, 32\)\]", **step, cache=others)
+    fails("with 3 layers of keys.*got 4 layers", **step, cache=deeper)
     fails(
         r"for 3 cached and \(2, 1\) new tokens, got \(2, 3\)",
         **step,
-        past_key_values=cached,
+        cache=cached,
         attention_mask=IDS * 0 + 1,
     )
     small = StaticCache(config=model.config, max_cache_len=2)
-    fails("0 cached and 3 new tokens are more than the cache's 2", input_ids=IDS, past_key_values=small)
+    fails("0 cached and 3 new tokens are more than the cache's 2", input_ids=IDS, cache=small)
     assert cached.get_seq_length() == 3
     with torch.no_grad():
         expected = model(torch.cat([IDS, IDS[:, :1]], 1)).logits[:, -1:]
-        torch.testing.assert_close(model(**step, past_key_values=cached).logits, expected)
+        torch.testing.assert_close(model(**step, cache=cached).logits, expected)
 
 
 class HostReads(TorchDispatchMode):
@@ -174,9 +174,9 @@ def test_a_decoding_step_never_waits_and_checks_little(cache, experts):
             calls["checks"] += frame is not None
 
     with torch.no_grad():
-        model(**batch, past_key_values=past)
+        model(**batch, cache=past)
         mask = torch.cat([batch["attention_mask"], torch.ones(3, 1).long()], 1)
-        step = {"input_ids": torch.full((3, 1), 11), "attention_mask": mask, "past_key_values": past}
+        step = {"input_ids": torch.full((3, 1), 11), "attention_mask": mask, "cache": past}
         step["position_ids"] = mask.sum(1, keepdim=True) - 1
         with HostReads() as reads:
             model(**step)
@@ -191,9 +191,9 @@ def test_checks_do_not_compile_anew_for_each_token():
     model = small_model().model.language_model
     step = torch.compile(model, fullgraph=True, dynamic=True)
     with torch.no_grad():
-        past = model(IDS).past_key_values
+        past = cache_of(model(IDS))
         for length in range(4, 16):  # more lengths than a function is compiled for
-            output = step(IDS[:, :1], attention_mask=torch.ones(2, length).long(), past_key_values=past)
+            output = step(IDS[:, :1], attention_mask=torch.ones(2, length).long(), cache=past)
         expected = model(torch.cat([IDS, *[IDS[:, :1]] * 12], 1)).last_hidden_state[:, -1:]
     torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 

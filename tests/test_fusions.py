@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers.fusion_mapping
-from conftest import ROOT, make_fp8_checkpoint, small_batch, small_model
+from conftest import ROOT, cache_of, make_fp8_checkpoint, small_batch, small_model
 from safetensors.torch import load_file
 from test_saving import assert_same_tensors
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -83,8 +83,8 @@ def test_a_fused_decoding_step_compiles_whole(directory):
     plain, fused = (load(directory, fusions) for fusions in (None, BOTH))
     ids = torch.arange(20, 30)[None]
     with torch.no_grad():
-        past = fused(ids[:, :-1]).past_key_values
-        logits = torch.compile(fused, fullgraph=True)(ids[:, -1:], past_key_values=past).logits
+        past = cache_of(fused(ids[:, :-1]))
+        logits = torch.compile(fused, fullgraph=True)(ids[:, -1:], cache=past).logits
         torch.testing.assert_close(logits, plain(ids).logits[:, -1:], atol=1e-5, rtol=1e-5)
 
 

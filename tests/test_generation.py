@@ -104,10 +104,10 @@ def test_continuing_from_a_cache(model, form):
     cache = DynamicCache(config=model.config)
     turn_one = {"input_ids": ids[:, :length], "attention_mask": torch.ones(2, length).long()}
     with torch.no_grad():
-        model(**turn_one, **{name: first[name] for name in PICTURE_INPUTS}, past_key_values=cache)
+        model(**turn_one, **{name: first[name] for name in PICTURE_INPUTS}, cache=cache)
     if form == "new pixels":
         pictures = {name: second[name] for name in PICTURE_INPUTS}
-    continued = model.generate(**inputs, **pictures, past_key_values=cache, **GREEDY)
+    continued = model.generate(**inputs, **pictures, cache=cache, **GREEDY)
     assert torch.equal(continued, expected)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
+from conftest import IMAGE_TOKEN, cache_of, row_alone, small_batch, small_config, small_model
 from reference import step3_logits
 from safetensors.torch import load_file
 from torch._inductor.utils import run_and_get_code
@@ -170,7 +170,7 @@ def test_token_by_token_equals_one_pass(cache, attention):
         else:
             past = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 5)
         steps = [embeds[:, :3], embeds[:, 3:5], *embeds[:, 5:].split(1, dim=1)]
-        logits = [model(inputs_embeds=step, past_key_values=past).logits for step in steps]
+        logits = [model(inputs_embeds=step, cache=past).logits for step in steps]
     torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -197,9 +197,9 @@ def test_the_key_value_head_is_never_copied_per_query_head(attention, padded):
     mask = torch.ones(batch_size, length + 1, dtype=torch.long)
     mask[0, :7] = int(not padded)
     with torch.no_grad():
-        past = model(torch.full((batch_size, length), 5), attention_mask=mask[:, :-1]).past_key_values
+        past = cache_of(model(torch.full((batch_size, length), 5), attention_mask=mask[:, :-1]))
         with LargestAllocation() as allocation:
-            model(torch.full((batch_size, 1), 5), attention_mask=mask, past_key_values=past)
+            model(torch.full((batch_size, 1), 5), attention_mask=mask, cache=past)
     one_head = batch_size * (length + 1) * 32
     assert one_head <= allocation.largest < 2 * one_head  # the cache itself, and nothing like 16 of it
 
@@ -209,10 +209,10 @@ def test_nor_in_the_compiled_decode_step(attention):
     config = small_config(text={"num_attention_heads": 16, "head_dim": 32})
     model = small_model(config, attn_implementation=attention).model.language_model
     past = StaticCache(config=model.config, max_cache_len=300)
-    step = {"inputs_embeds": torch.randn(2, 1, 48), "past_key_values": past}
+    step = {"inputs_embeds": torch.randn(2, 1, 48), "cache": past}
     mask = torch.zeros(2, 1, 1, 300)
     with torch.no_grad():
-        model(inputs_embeds=torch.randn(2, 9, 48), past_key_values=past)
+        model(inputs_embeds=torch.randn(2, 9, 48), cache=past)
         _, codes = run_and_get_code(torch.compile(model, fullgraph=True), **step, attention_mask=mask)
     buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", "".join(codes))
     assert buffers
@@ -231,12 +231,12 @@ def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
         past = StaticCache(config=model.config, max_cache_len=batch["input_ids"].shape[1] + 6)
         mask = torch.nn.functional.pad(batch["attention_mask"], (0, 6), value=1)
         length = batch["input_ids"].shape[1]
-        logits = model(**batch, past_key_values=past, logits_to_keep=1).logits
+        logits = model(**batch, cache=past, logits_to_keep=1).logits
         step = torch.compile(model, fullgraph=True)
         tokens = [logits.argmax(-1)]
         for i in range(5):
             prepared = model.prepare_inputs_for_generation(
-                tokens[-1], past_key_values=past, attention_mask=mask[:, : length + i + 1], use_cache=True
+                tokens[-1], cache=past, attention_mask=mask[:, : length + i + 1], use_cache=True
             )
             tokens.append(step(**prepared).logits.argmax(-1))
     assert torch.cat(tokens, 1).tolist() == expected[:, length:].tolist()
@@ -248,9 +248,9 @@ def test_a_compiled_token_reads_its_experts_where_they_are(dtype):
     model = small_model(config, dtype=dtype).model.language_model
     assert model.config._experts_implementation == "step3"
     past = StaticCache(config=model.config, max_cache_len=40)
-    step = {"input_ids": torch.tensor([[5]]), "past_key_values": past, "attention_mask": torch.ones(1, 10).long()}
+    step = {"input_ids": torch.tensor([[5]]), "cache": past, "attention_mask": torch.ones(1, 10).long()}
     with torch.no_grad():
-        model(torch.arange(9)[None], past_key_values=past)
+        model(torch.arange(9)[None], cache=past)
         output, codes = run_and_get_code(torch.compile(model, fullgraph=True), **step)
         expected = model(torch.cat([torch.arange(9), torch.tensor([5])])[None]).last_hidden_state[:, -1:]
     torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
