@@ -22,23 +22,34 @@ import inspect
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
-from transformers.masking_utils import create_causal_mask
+from transformers.distributed import DistributedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What differs between releases of transformers
 # ---------------------------------------------------------------------------------------------------------------------
-# Each is asked of the release that is there, and goes when the release it names is the oldest one supported.
+# Each is asked of the release that is there, and goes when the release it names is the oldest one supported. As this
+# module is also read where there is no torch, what needs it is asked by a function.
 
-# 5.24: what `generate`, the masks and the outputs call a cache; `past_key_values` before.
-CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+def cache_name() -> str:
+    """5.24: what `generate`, the masks and the outputs call a cache; `past_key_values` before."""
+    from transformers.masking_utils import create_causal_mask
+
+    return "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def gathers_uneven_outputs() -> bool:
+    """5.21: an output that ranks make parts of is gathered whatever its width; before, the ranks must divide it."""
+    from transformers.distributed.tensor_parallel import ColwiseParallel
+
+    return "validate_param" not in vars(ColwiseParallel)
+
+
 # 5.19: experts on several ranks are sent their tokens; before, an expert-parallel plan stands in for the
 # tensor-parallel one instead of going beside it.
-DISPATCHES_TOKENS = "ep_dispatch_experts" in ALL_PARALLEL_STYLES
-# 5.21: an output that ranks make parts of is gathered whatever its width; before, the ranks must divide it.
-GATHERS_UNEVEN_OUTPUTS = "validate_param" not in vars(type(ALL_PARALLEL_STYLES["colwise_gather_output"]))
+DISPATCHES_TOKENS = "ep_size" in inspect.signature(DistributedConfig).parameters
 # 5.20: `sub_configs_defaults`, beside `sub_configs` in Step3VLConfig.
 # 5.17: `_defaults`, in Step3VLProcessorKwargs.
 # 5.17: AutoImageProcessor is imported from its module by the package, as the top level has it only with torchvision.
@@ -47,8 +58,8 @@ GATHERS_UNEVEN_OUTPUTS = "validate_param" not in vars(type(ALL_PARALLEL_STYLES["
 # Layers with routed experts in the released model: all but the first four and the last.
 RELEASED_MOE_LAYERS = tuple(range(4, 60))
 
-# Of any size; products of a few still fit in 64 bits.
-MAX_SIZE = 2**31 - 1
+# Far beyond any model; products of a few sizes still fit in 64 bits.
+MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
 
 # Where a saved directory's own code keeps what each Auto class asks for.
 STEP3_VISION_AUTO_MAP = {
@@ -101,12 +112,6 @@ class Step3SavedWithCode:
     """Mixin of the configurations: a directory they are saved in names, for every Auto class, the code it carries."""
 
     carried_auto_map = {}
-
-    def to_dict(self) -> dict:
-        """As for any config, without `fusion_config`, which is a matter of one load and not of the checkpoint."""
-        output = super().to_dict()
-        output.pop("fusion_config", None)
-        return output
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
@@ -199,8 +204,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
         moe_layers_enum (`str`, `list[int]` or `tuple[int]`, *optional*):
             Indices of the layers with routed experts, as numbers or as text such as `"4,5,6"`; kept as text, which is
-            what the serving engines read. `None` and `""` mean every layer but the first. Left out, it is `"4,5,…,59"`
-            at the released depth of 61 layers and `None` at any other.
+            what the serving engines read. `None` and `""` mean every layer but the first, and are written out so. Left
+            out, it is `"4,5,…,59"` at the released depth of 61 layers, and every layer but the first at any other.
         use_moe (`bool`, defaults to `True`):
             Whether there are such layers at all. If not, `moe_layers_enum` is `"-1"`, which the serving engines read as
             no layer of the model; they do not know this field.
@@ -305,10 +310,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         # Left out means the released layers, which only the released depth has.
         if self.moe_layers_enum is RELEASED_MOE_LAYERS and self.num_hidden_layers != 61:
             self.moe_layers_enum = None
-        if not self.use_moe:
-            self.moe_layers_enum = "-1"
-        if not isinstance(self.moe_layers_enum, str | None):
-            self.moe_layers_enum = ",".join(str(index) for index in self.moe_layers_enum)
+        self.use_moe = self.use_moe and not (self._has_no_layers_listed() and self.num_hidden_layers == 1)
+        self.moe_layers_enum = self._layers_as_text()
         # transformers completes these dictionaries in place, and they are the caller's.
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = dict(self.rope_parameters)
@@ -321,27 +324,39 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """Out of a whole model's config, the text part knows the weights' type and quantisation, too."""
+        """Out of a whole model's config, the text part knows the weights' type and quantisation, and what is tied."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if isinstance(text_config := config_dict.get(cls.base_config_key), dict):
             shared = ("quantization_config", "dtype", "torch_dtype")
             config_dict[cls.base_config_key] = {
                 **{key: config_dict[key] for key in shared if config_dict.get(key) is not None},
                 **text_config,
+                "tie_word_embeddings": any(part.get("tie_word_embeddings") for part in (config_dict, text_config)),
             }
         return config_dict, kwargs
+
+    def _has_no_layers_listed(self) -> bool:
+        entries = self.moe_layers_enum
+        return not (entries.strip() if isinstance(entries, str) else entries)
+
+    def _layers_as_text(self) -> str | None:
+        """`moe_layers_enum` as the serving engines read it, whatever form it has; `None` if there are too many layers
+        to write out."""
+        entries = self.moe_layers_enum
+        if not self.use_moe:
+            return "-1"
+        if self._has_no_layers_listed():
+            if not isinstance(self.num_hidden_layers, int) or self.num_hidden_layers > MAX_LAYERS:
+                return None
+            entries = range(1, self.num_hidden_layers)
+        return entries if isinstance(entries, str) else ",".join(map(str, entries)) or "-1"
 
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers with routed experts, in ascending order."""
-        if not self.use_moe:
+        if not self.use_moe or (self._has_no_layers_listed() and self.num_hidden_layers == 1):
             return []
-        if not self.moe_layers_enum:
-            return list(range(1, self.num_hidden_layers))
-        entries = self.moe_layers_enum
-        if isinstance(entries, str):
-            entries = entries.strip().split(",")
-        return sorted({int(entry) for entry in entries})
+        return sorted({int(entry) for entry in self._layers_as_text().split(",")})
 
     @property
     def longest_sequence(self) -> int | None:
@@ -375,6 +390,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             raise ValueError(
                 f"`moe_top_k` must not exceed `moe_num_experts`, got {self.moe_top_k} of {self.moe_num_experts}."
             )
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         try:
             moe_layers = self.moe_layers
         except (TypeError, ValueError):
@@ -410,8 +427,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         rope_parameters = output["rope_parameters"]
         output["rope_theta"] = rope_parameters["rope_theta"]
         output["rope_scaling"] = None if rope_parameters["rope_type"] == "default" else dict(rope_parameters)
-        if isinstance(output["moe_layers_enum"], list):
-            output["moe_layers_enum"] = ",".join(str(index) for index in output["moe_layers_enum"])
+        output["moe_layers_enum"] = self._layers_as_text()
         return output
 
 
@@ -426,7 +442,9 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         understand_projector_stride (`int`, defaults to 2): Stride of the first downsampling convolution.
         projector_bias (`bool`, defaults to `False`): Whether the projection to the decoder's width has a bias.
         image_token_id (`int`, defaults to 128001): The token, `<im_patch>`, whose embeddings image features replace.
-        tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one tensor.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Whether input and output embeddings are one tensor. It is the text decoder's setting, which either config
+            may bring and both show.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, lies out of range or contradicts
@@ -460,12 +478,43 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
-                setattr(self, name, config_class(**(value or {})))
+                value = dict(value or {})
+                if name == "text_config" and self.tie_word_embeddings:
+                    value["tie_word_embeddings"] = True
+                setattr(self, name, config_class(**value))
             elif not isinstance(value, PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(value).__name__}."
                 )
+        if self.__dict__["tie_word_embeddings"]:
+            self.text_config.tie_word_embeddings = True
         super().__post_init__(**kwargs)
+        self._name_architecture(self.text_config.__dict__)
+
+    @staticmethod
+    def _name_architecture(text_config: dict) -> None:
+        """vLLM makes the text part of a whole model from this entry, and asks for it."""
+        text_config["architectures"] = text_config.get("architectures") or ["Step3TextForCausalLM"]
+
+    def __setattr__(self, key, value):
+        is_set_anew = key == "tie_word_embeddings" and key in self.__dict__
+        super().__setattr__(key, value)
+        if is_set_anew:
+            self.text_config.tie_word_embeddings = value
+
+    def __getattribute__(self, key):
+        if key == "tie_word_embeddings":
+            text_config = self.__dict__.get("text_config")
+            if isinstance(text_config, PreTrainedConfig):
+                return text_config.tie_word_embeddings
+        return super().__getattribute__(key)
+
+    def to_dict(self) -> dict:
+        """As a dictionary for `config.json`, in which both levels agree."""
+        output = super().to_dict()
+        output["tie_word_embeddings"] = self.tie_word_embeddings
+        self._name_architecture(output["text_config"])
+        return output
 
     def validate_architecture(self):
         """Checks the parts' types, the stride and the image token."""

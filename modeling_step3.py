@@ -13,49 +13,27 @@
 # limitations under the License.
 """Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, behind a vision encoder.
 
-Read from top to bottom, in the order data flows: the names on disk, the vision encoder, the text decoder, the two
-together, the language-model heads.
+Read from top to bottom, in the order data flows: the text decoder, the vision encoder, the two together, the
+language-model heads with what generation asks of them, and how a model is split over ranks.
 """
 
 import functools
 import inspect
 import math
-import mmap
-import os
-import re
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    get_model_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
-from transformers.fusion_mapping import _FUSION_DISCOVERY_CACHE, _FUSION_REGISTRY, ModuleFusionSpec
 from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -66,20 +44,19 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.monkey_patching import get_patch_mapping, unregister_patch_mapping
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checkpoint_step3 import REWRITES, Rewritable, Step3Checkpoint, Step3Rewritable, find, need
 from .configuration_step3 import (
-    CACHE_NAME,
-    GATHERS_UNEVEN_OUTPUTS,
     Step3TextConfig,
     Step3VisionEncoderConfig,
     Step3VLConfig,
+    cache_name,
+    gathers_uneven_outputs,
     num_image_tokens,
 )
 
@@ -92,77 +69,10 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
     from .processing_step3 import Step3VLProcessor  # noqa: F401
 
 
-# How the names on disk become the names below; `save_pretrained` runs it backwards. A mapping is found by class name,
-# else by model type, and each part of a model brings its own: what the whole model renames, its parts rename further.
-# The second form in each pattern, `model.language_model.` and so on, is what the original remote code saved.
-register_checkpoint_conversion_mapping(
-    "step3_text",
-    [
-        WeightConverter(
-            [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
-        ),
-        WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
-        WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.down_proj_scale_inv"),
-    ],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "step3_vl",  # which Step3VLModel is found by; a fusion adds to it
-    [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
-    overwrite=True,
-)
-register_checkpoint_conversion_mapping(
-    "Step3VLForConditionalGeneration",
-    [
-        WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^model.model."),
-        WeightRenaming(r"^(?:model\.|)vision_model\.", "^model.vision_model."),
-        WeightRenaming(r"^(?:model\.|)vit_", "^model.vit_"),
-    ],
-    overwrite=True,
-)
+logger = logging.get_logger(__name__)
 
-
-_VISION_NAME = re.compile(r"(model\.)?(vision_model\.|vit_)")
-
-
-def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
-    """The same tensor, which every rank holds; the gradients that the ranks send back are summed."""
-    if not tensor.requires_grad:
-        return tensor
-    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
-    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends to it with
-    its own query heads only."""
-
-    def transform_output_post_forward(self, module, output, mesh):
-        return _sum_gradients(output, mesh)
-
-
-class SplitExpertsParallel(TensorParallelLayer):
-    """Tensor-parallel style of the experts: each rank holds some of them whole, runs those on all tokens, and the
-    outputs are summed. Goes with `grouped_gemm` on their weights."""
-
-    def should_use_local_tensors(self, module):
-        return True
-
-    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-        hidden_states, top_k_index, top_k_weights = args
-        top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
-        elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
-        top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
-        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
-        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
-
-    def transform_output_post_forward(self, module, output, mesh):
-        return (
-            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
-        )
-
-
-ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
-ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
+CACHE_NAME = cache_name()
+FUSE_QKV, FUSE_GATE_UP = REWRITES
 
 
 def _check_values(condition: torch.Tensor, message: Callable[[], str]) -> None:
@@ -225,6 +135,29 @@ def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
             f"`inputs_embeds` must have the shape (batch, tokens, {hidden_size}) with at least one token, got "
             f"{tuple(inputs_embeds.shape)}."
         )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@use_kernel_forward_from_hub("RMSNorm")
+class Step3TextRMSNorm(nn.Module):
+    """Root-mean-square norm: normalised in float32 at least, cast back, then scaled."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * states.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 def _check_attention_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -301,481 +234,7 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
     return shared_attention
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Vision encoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Step3VisionEmbeddings(nn.Module):
-    """Patches of a picture with a class token in front, and learned positions for both."""
-
-    # The original training run repeated the class row so that tensor parallelism divides the sequence.
-    num_class_rows = 4
-
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.grid_size = config.image_size // config.patch_size
-        self.class_embedding = nn.Parameter(torch.empty(1, config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
-
-    def resize_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Position embeddings (rows, hidden_size) of the trained grid, resized to a grid of `height` × `width`."""
-        if (height, width) == (self.grid_size, self.grid_size):
-            return positions
-        dtype = torch.promote_types(positions.dtype, torch.float32)
-        grid = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(
-            grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False
-        )
-        return grid.flatten(2).transpose(1, 2)[0].to(positions.dtype)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        height, width = patches.shape[-2:]
-        # Looked up, not read from the weight, which may be offloaded until the module is called.
-        positions = self.position_embedding(torch.arange(self.grid_size**2 + 1, device=patches.device))
-        patches = patches.flatten(2).transpose(1, 2) + self.resize_positions(positions[1:], height, width)
-        class_row = self.class_embedding + positions[:1]
-        class_rows = class_row.expand(patches.shape[0], self.num_class_rows, -1)
-        return torch.cat([class_rows, patches], dim=1)
-
-
-class Step3VisionAttention(nn.Module):
-    """Bidirectional multi-head attention with one projection for queries, keys and values."""
-
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.config = config
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = False
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        qkv_states = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
-        query_states, key_states, value_states = (states.transpose(1, 2) for states in qkv_states.unbind(2))
-
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            query_states,
-            key_states,
-            value_states,
-            attention_mask=None,
-            scaling=self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
-        return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
-
-
-class Step3VisionMLP(nn.Module):
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act_fn(self.fc1(hidden_states)))
-
-
-class Step3VisionEncoderLayer(GradientCheckpointingLayer):
-    """A layer that normalises what each branch puts out, not what goes in."""
-
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.self_attn = Step3VisionAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = Step3VisionMLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attn_output, _ = self.self_attn(hidden_states, **kwargs)
-        hidden_states = hidden_states + self.layer_norm1(attn_output)
-        return hidden_states + self.layer_norm2(self.mlp(hidden_states))
-
-
-class Step3VisionTransformer(nn.Module):
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.layers = nn.ModuleList([Step3VisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
-        return hidden_states
-
-
-class StoredWeight:
-    """
-    A weight in a safetensors file, which is mapped anew for each weight that is read: so the pages of one that becomes
-    part of a fused weight are given back with it, and not only once all is loaded.
-    """
-
-    def __init__(self, path: str, name: str, shape: list[int], dtype: str):
-        self.path, self.name, self.shape, self.dtype = path, name, shape, dtype
-
-    @classmethod
-    def of_file(cls, path: str) -> list["StoredWeight"]:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            return [cls(path, name, entry.get_shape(), entry.get_dtype()) for name, entry in slices.items()]
-
-    def get_shape(self) -> list[int]:
-        return self.shape
-
-    def get_dtype(self) -> str:
-        return self.dtype
-
-    def __getitem__(self, index) -> torch.Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            weight = file.get_slice(self.name)[index]
-        # Fetched from the disk here, in a thread of its own, and not where it is fused.
-        weight.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
-        return weight
-
-
-class DequantizedWeight:
-    """
-    A [`StoredWeight`] as it is or, if it is fp8, its product with the scales of its blocks of `block_size` (rows,
-    columns), in `dtype`.
-
-    Raises:
-        `ValueError`: if it is fp8 and has no scales.
-    """
-
-    def __init__(
-        self, weight: StoredWeight, scale: StoredWeight | None, block_size: tuple[int, int], dtype: torch.dtype
-    ):
-        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
-        if scale is None and weight.dtype == "F8_E4M3":
-            raise ValueError(f"{weight.name} is fp8, but the checkpoint has no {weight.name}_scale_inv.")
-
-    def get_shape(self) -> list[int]:
-        return self.weight.shape
-
-    def __getitem__(self, index) -> torch.Tensor:
-        if self.scale is None:
-            return self.weight[index]
-        weight, scale = self.weight[...], self.scale[...].float()
-        rows, columns = weight.shape[-2:]
-        height, width = self.block_size
-        output = torch.empty(weight.shape, dtype=self.dtype)
-        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (output, weight, scale))
-        for out, quantized, factors in zip(*matrices, strict=True):  # expert by expert: float32 copies take room
-            factors = factors.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-            out.copy_(quantized.float().mul_(factors))
-        return output[index]
-
-
-def _keep_unquantized_modules(model: PreTrainedModel, weights: Mapping, load_config) -> None:
-    """Takes back the fp8 modules of `model` whose weights in the checkpoint have no scales: they are not fp8."""
-    from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
-
-    text_config = model.config.get_text_config()
-    block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
-    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
-    own_names = model.state_dict()
-    names = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in weights}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FP8Linear) and f"{name}.weight_scale_inv" not in names:
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        elif isinstance(module, FP8Experts) and f"{name}.down_proj_scale_inv" not in names:
-            with torch.device("meta"):
-                plain = Step3TextExperts(text_config)
-        else:
-            if isinstance(module, FP8Experts) and text_config.moe_intermediate_size % block_rows:
-                raise ValueError(
-                    "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
-                    f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
-                    "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
-                )
-            continue
-        model.set_submodule(name, plain.to(load_config.dtype))
-
-
-class Step3VLPreTrainedModel(PreTrainedModel):
-    """What the Step3 models share: weight initialisation and what they support."""
-
-    config: Step3VLConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["Step3VisionEmbeddings", "Step3VisionEncoderLayer", "Step3TextDecoderLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _can_compile_fullgraph = True
-    _supports_attention_backend = True
-
-    def __init__(self, config: Step3VLConfig, *args, **kwargs):
-        if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
-        self.check_fusions(getattr(config, "fusion_config", None) or {})
-        super().__init__(config, *args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args, fusion_config: dict[str, bool] | None = None, **kwargs):
-        """
-        As for any model.
-
-        Args:
-            fusion_config (`dict[str, bool]`, *optional*):
-                Which of [`FUSIONS`] to apply: `step3_qkv`, `step3_gate_up`. Answers are equal but for rounding, and the
-                model is saved under the released names; `fusion_report` tells what was rewritten.
-
-        Raises:
-            `TypeError`: if `fusion_config` is no dictionary.
-            `ValueError`: if a fusion is unknown, two replace the same module, or the model is quantised or split over
-            ranks.
-        """
-        if not isinstance(fusion_config, Mapping | None):
-            raise TypeError(f"`fusion_config` must be a dictionary of fusions, got {type(fusion_config).__name__}.")
-        if unknown := set(fusion_config or ()) - set(_FUSION_REGISTRY):
-            unknown = ", ".join(map(str, unknown))
-            raise ValueError(f"`fusion_config` must name some of {', '.join(FUSIONS)}, got {unknown}.")
-        with _fusions_of_one_load():
-            loaded = super().from_pretrained(*args, fusion_config=fusion_config, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if fusions := {row["fusion"] for row in model.fusion_report() if row["rewritten"]}:
-            transforms = [transform for name in fusions for transform in FUSIONS[name].make_transforms(model.config)]
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel):  # each may be saved by itself
-                    module._fused_conversions = get_model_conversion_mapping(module, add_legacy=False) + transforms
-                    if module is not model:
-                        module._weight_conversions = module._fused_conversions
-        return loaded
-
-    @classmethod
-    def get_init_context(cls, *args, **kwargs) -> list:
-        """As for any model, with the fused classes in place: in this module alone, wherever it was imported from."""
-        replacements = _unregister_fused_classes()
-        return [*super().get_init_context(*args, **kwargs), _replaced_here(replacements)]
-
-    def check_fusions(self, fusion_config: Mapping[str, bool]) -> None:
-        """Raises a `ValueError` if two of the fusions replace the same class of modules."""
-        fusion_of = {}
-        for fusion in (name for name, options in fusion_config.items() if options is not False):
-            for class_name in _FUSION_DISCOVERY_CACHE.get(fusion, {}).get(type(self), ()):
-                if class_name in fusion_of:
-                    raise ValueError(
-                        f"`fusion_config` names `{fusion_of[class_name]}` and `{fusion}`, which both replace "
-                        f"{class_name}: leave one of them out."
-                    )
-                fusion_of[class_name] = fusion
-
-    def fusion_report(self) -> list[dict[str, str | bool]]:
-        """
-        What each of [`FUSIONS`] matches in this model, a row for each module: `fusion`, the `module`'s name, its
-        `class`, whether it was `rewritten`, and the `weights` that it makes into one.
-        """
-        return [
-            {
-                "fusion": fusion,
-                "module": name,
-                "class": type(module).__name__,
-                "rewritten": not spec.is_fusable(module),
-                "weights": f"{', '.join(spec.sources)} -> {spec.target}",
-            }
-            for fusion, spec in FUSIONS.items()
-            for name, module in self.named_modules()
-            if spec.is_fusable(module) or getattr(module, "fusion", None) == fusion
-        ]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
-        if isinstance(module, Step3TextExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Step3TextTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, Step3VisionEmbeddings):
-            init.normal_(module.class_embedding, mean=0.0, std=std)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """
-        What `from_pretrained` reads weights with. Files that hold nothing but the vision encoder stay closed for a
-        model without one. Block-fp8 weights are kept or dequantised, as transformers' quantiser decides by the device;
-        what the checkpoint holds in another type is not made fp8.
-
-        Raises:
-            `ValueError`: if fp8 weights have no scales, or blocks that the stacked experts cannot keep, or if fused
-            modules are quantised or split over ranks.
-        """
-        if any(row["rewritten"] for row in model.fusion_report()):
-            quantizer = load_config.hf_quantizer
-            is_quantized = quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False)
-            if is_quantized or load_config.device_mesh is not None:
-                raise ValueError(
-                    f"`fusion_config` {model.config.fusion_config} does not go with a model that is quantised or split "
-                    "over ranks: leave one of them out."
-                )
-        if checkpoint_files and load_config.sharded_metadata and isinstance(model.config, Step3TextConfig):
-            weight_map = load_config.sharded_metadata["weight_map"].items()
-            files = {os.path.basename(file) for name, file in weight_map if not _VISION_NAME.match(name)}
-            checkpoint_files = [path for path in checkpoint_files if os.path.basename(path) in files]
-        load = super(Step3VLPreTrainedModel, Step3VLPreTrainedModel)._load_pretrained_model
-        quantizer = load_config.hf_quantizer
-        is_fp8 = (
-            quantizer is not None and quantizer.pre_quantized and quantizer.quantization_config.quant_method == "fp8"
-        )
-        devices = set(map(str, (load_config.device_map or {"": "cpu"}).values()))
-        stays_here = devices == {"cpu"} and load_config.device_mesh is None
-        if not checkpoint_files or not checkpoint_files[0].endswith(".safetensors") or not (is_fp8 or stays_here):
-            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
-
-        weights = {weight.name: weight for path in checkpoint_files for weight in StoredWeight.of_file(path)}
-        if not is_fp8:
-            return load(model, weights, None, load_config, expected_keys)
-        if not quantizer.quantization_config.dequantize:
-            _keep_unquantized_modules(model, weights, load_config)
-            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
-        block_size, dtype = quantizer.quantization_config.weight_block_size, load_config.dtype
-        weights = {
-            name: DequantizedWeight(weight, weights.get(f"{name}_scale_inv"), block_size, dtype)
-            for name, weight in weights.items()
-            if not name.endswith("_scale_inv")
-        }
-        renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
-        load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
-        return load(model, weights, None, load_config, expected_keys)
-
-    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
-        transforms = getattr(self, "_fused_conversions", None) or get_model_conversion_mapping(self, add_legacy=False)
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = {
-            pattern: transform
-            for transform in transforms
-            if isinstance(transform, WeightConverter)
-            for pattern in transform.source_patterns
-        }
-        own_names = self.state_dict().keys()
-        renamed, to_convert = {}, {}
-        for name, tensor in state_dict.items():
-            if name in own_names:
-                renamed[name] = tensor
-                continue
-            new_name, pattern = rename_source_key(name, renamings, list(converters.values()))
-            if pattern is None:
-                renamed[new_name] = tensor
-            else:
-                to_convert.setdefault(new_name, deepcopy(converters[pattern])).add_tensor(
-                    new_name, name, pattern, tensor
-                )
-        for name, converter in to_convert.items():
-            renamed.update(converter.convert(name, model=self, config=self.config))
-        return super().load_state_dict(renamed, strict=strict, assign=assign)
-
-    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        implementation = super().get_correct_experts_implementation(requested_experts)
-        text_config = self.config.get_text_config()
-        if requested_experts is not None or text_config.model_type != Step3TextConfig.model_type:
-            return implementation
-        # The type the model is made in, and the narrower one it may be cast to.
-        dtypes = (torch.get_default_dtype(), torch.bfloat16)
-        fits = all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes)
-        return "step3" if fits and implementation == "grouped_mm" else "eager"
-
-
-class Step3VisionModel(Step3VLPreTrainedModel):
-    """The vision encoder: pictures in, one row for each of their patches out, with no norm at the end."""
-
-    config: Step3VisionEncoderConfig
-    config_class = Step3VisionEncoderConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
-
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__(config)
-        self.embeddings = Step3VisionEmbeddings(config)
-        self.transformer = Step3VisionTransformer(config)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embedding
-
-    def check_pictures(self, pixel_values: torch.Tensor) -> None:
-        """
-        Raises:
-            `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
-        """
-        _check_tensors(pixel_values=pixel_values)
-        num_channels, patch_size = self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
-            raise ValueError(
-                f"Pictures must have the shape (images, {num_channels}, side, side), of one at least, got "
-                f"{tuple(pixel_values.shape)}."
-            )
-        height, width = pixel_values.shape[2:]
-        if height != width or height % patch_size or height == 0:
-            raise ValueError(
-                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
-                f"{tuple(pixel_values.shape)}."
-            )
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
-                Normalised square pictures whose side is a multiple of `patch_size`.
-
-        Returns:
-            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
-            states and attentions also hold the four class rows in front.
-
-        Raises:
-            `ValueError`: as in `check_pictures`.
-        """
-        self.check_pictures(pixel_values)
-        hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text decoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@use_kernel_forward_from_hub("RMSNorm")
-class Step3TextRMSNorm(nn.Module):
-    """Root-mean-square norm: normalised in float32 at least, cast back, then scaled."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * states.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class Step3TextAttention(nn.Module):
+class Step3TextAttention(Rewritable):
     """
     Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): queries of low rank, which `wq` raises to
     many wide heads, over a single key/value head.
@@ -796,10 +255,6 @@ class Step3TextAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_attention_groups * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
 
-    def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The low-rank queries, the keys and the values, each `(batch, tokens, width)`."""
-        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -811,7 +266,7 @@ class Step3TextAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        low_rank_states, key_states, value_states = self.project_in(hidden_states)
+        low_rank_states, key_states, value_states = self.project(hidden_states, FUSE_QKV)
         query_states = self.wq(self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
         key_states = key_states.view(hidden_shape).transpose(1, 2)
         value_states = value_states.view(hidden_shape).transpose(1, 2)
@@ -840,7 +295,7 @@ class Step3TextAttention(nn.Module):
         return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
-class Step3TextMLP(nn.Module):
+class Step3TextMLP(Rewritable):
     """Gated MLP: a dense layer's, and a mixture's shared expert."""
 
     def __init__(self, config: Step3TextConfig, intermediate_size: int):
@@ -850,12 +305,8 @@ class Step3TextMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gate and up projection, each `(batch, tokens, intermediate_size)`."""
-        return self.gate_proj(hidden_states), self.up_proj(hidden_states)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.project_in(hidden_states)
+        gate, up = self.project(hidden_states, FUSE_GATE_UP)
         return self.down_proj(self.act_fn(gate) * up)
 
 
@@ -887,7 +338,11 @@ def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool
 
 
 def step3_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    grouped_mm: Callable,
 ) -> torch.Tensor:
     """
     The experts implementation `"step3"`, the default: `grouped_mm`, except for a single token where it is compiled.
@@ -895,7 +350,7 @@ def step3_experts_forward(
     are; any matrix product would need a copy of them.
     """
     if hidden_states.shape[0] > 1 or not torch.compiler.is_compiling():
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
     experts = top_k_index[0].clamp(max=self.num_experts - 1)
     dtype, sum_dtype = hidden_states.dtype, torch.promote_types(hidden_states.dtype, torch.float32)
@@ -905,8 +360,13 @@ def step3_experts_forward(
     return (output * top_k_weights.t()).sum(0, keepdim=True).to(dtype)
 
 
-ALL_EXPERTS_FUNCTIONS.register("step3", step3_experts_forward)
-ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
+ALL_EXPERTS_FUNCTIONS = find("integrations.moe", "ALL_EXPERTS_FUNCTIONS")
+GROUPED_MM = find("integrations.moe", "grouped_mm_experts_forward")
+ALL_FP8_EXPERTS_FUNCTIONS = find("integrations.finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS")
+if ALL_EXPERTS_FUNCTIONS is not None and GROUPED_MM is not None:
+    ALL_EXPERTS_FUNCTIONS.register("step3", partial(step3_experts_forward, grouped_mm=GROUPED_MM))
+if ALL_FP8_EXPERTS_FUNCTIONS is not None and "grouped_mm" in ALL_FP8_EXPERTS_FUNCTIONS:
+    ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 @use_experts_implementation
@@ -1015,6 +475,66 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
+class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
+    """What the Step3 models share: weight initialisation and what they support."""
+
+    config: Step3VLConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Step3VisionEmbeddings", "Step3VisionEncoderLayer", "Step3TextDecoderLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: Step3VLConfig, *args, **kwargs):
+        if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
+        if isinstance(module, Step3TextExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, Step3TextTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Step3VisionEmbeddings):
+            init.normal_(module.class_embedding, mean=0.0, std=std)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Embedding:
+        """
+        As for any model.
+
+        Raises:
+            `ValueError`: if a token that the config names would no longer be in the vocabulary.
+        """
+        if new_num_tokens is not None:
+            vocab_size = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            for name, config in (("image_token_id", self.config), ("pad_token_id", self.config.get_text_config())):
+                if (token := getattr(config, name, None)) is not None and token >= vocab_size:
+                    raise ValueError(f"A vocabulary of {vocab_size} would not have `{name}` {token} any more.")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        implementation = super().get_correct_experts_implementation(requested_experts)
+        text_config = self.config.get_text_config()
+        if requested_experts is not None or text_config.model_type != Step3TextConfig.model_type:
+            return implementation
+        # The type the model is made in, and the narrower one it may be cast to.
+        dtypes = (torch.get_default_dtype(), torch.bfloat16)
+        fits = all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes)
+        is_known = ALL_EXPERTS_FUNCTIONS is not None and "step3" in ALL_EXPERTS_FUNCTIONS
+        return "step3" if fits and is_known and implementation == "grouped_mm" else "eager"
+
+
 class Step3TextModel(Step3VLPreTrainedModel):
     """The text decoder without a language-model head."""
 
@@ -1022,7 +542,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
     config_class = Step3TextConfig
     input_modalities = ("text",)
     # A directory of the whole model holds the decoder's weights under the decoder's names, beside these.
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\."]
+    keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\.")
     _can_record_outputs = {
         "hidden_states": Step3TextDecoderLayer,
         "attentions": Step3TextAttention,
@@ -1031,9 +551,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
 
     def __init__(self, config: Step3TextConfig):
         super().__init__(config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList([Step3TextDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = Step3TextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
@@ -1187,7 +705,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         if inputs_embeds is None:
-            _check_token_ids(input_ids, self.vocab_size)
+            _check_token_ids(input_ids, self.config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
         self.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
 
@@ -1232,170 +750,176 @@ class Step3TextModel(Step3VLPreTrainedModel):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Fusions: named rewrites of modules, applied while a model is loaded
+# Vision encoder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class SplitRows(ConversionOps):
-    """Splits a weight into parts of `sizes` rows; the reverse of [`ConcatenateRows`]."""
+class Step3VisionEmbeddings(nn.Module):
+    """Patches of a picture with a class token in front, and learned positions for both."""
 
-    def __init__(self, sizes: list[int]):
-        self.sizes = sizes
+    # The original training run repeated the class row so that tensor parallelism divides the sequence.
+    num_class_rows = 4
 
-    @torch.no_grad
-    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        parts = (part.contiguous() for part in weight.split(self.sizes))
-        return dict(zip(target_patterns, parts, strict=True))
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.grid_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.empty(1, config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return ConcatenateRows(self.sizes)
+    def resize_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Position embeddings (rows, hidden_size) of the trained grid, resized to a grid of `height` × `width`."""
+        if (height, width) == (self.grid_size, self.grid_size):
+            return positions
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        grid = positions.to(dtype).view(1, self.grid_size, self.grid_size, -1).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(
+            grid, size=(height, width), mode="bicubic", antialias=True, align_corners=False
+        )
+        return grid.flatten(2).transpose(1, 2)[0].to(positions.dtype)
 
-
-class ConcatenateRows(Concatenate):
-    """Puts weights of `sizes` rows on top of each other."""
-
-    def __init__(self, sizes: list[int]):
-        super().__init__(dim=0)
-        self.sizes = sizes
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return SplitRows(self.sizes)
-
-
-class FusedLinear(nn.Linear):
-    """
-    A linear layer of a fused module. A decoding step's few rows in bfloat16 on a CPU are multiplied with the weight on
-    the left, where oneDNN reads it as it lies; on the right it repacks it in every call, which costs more.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        num_rows = input.numel() // self.in_features
-        is_bfloat16 = input.dtype == self.weight.dtype == torch.bfloat16
-        if not is_bfloat16 or self.weight.device.type != "cpu" or num_rows > 64:
-            return super().forward(input)
-        columns = input.reshape(num_rows, self.in_features).t()
-        if num_rows == 1:  # the product with one column is slower than that with two
-            columns = columns.expand(-1, 2)
-        return torch.mm(self.weight, columns)[:, :num_rows].t().reshape(*input.shape[:-1], self.out_features)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        height, width = patches.shape[-2:]
+        # Looked up, not read from the weight, which may be offloaded until the module is called.
+        positions = self.position_embedding(torch.arange(self.grid_size**2 + 1, device=patches.device))
+        patches = patches.flatten(2).transpose(1, 2) + self.resize_positions(positions[1:], height, width)
+        class_row = self.class_embedding + positions[:1]
+        class_rows = class_row.expand(patches.shape[0], self.num_class_rows, -1)
+        return torch.cat([class_rows, patches], dim=1)
 
 
-class ProjectionFusionSpec(ModuleFusionSpec):
-    """
-    Makes one linear layer of the projections that a module applies to its input, for transformers' fusion registry.
+class Step3VisionAttention(nn.Module):
+    """Bidirectional multi-head attention with one projection for queries, keys and values."""
 
-    Args:
-        name (`str`): The fusion's.
-        class_name (`str`): The module's class, whose method `project_in` returns what the projections put out.
-        module_names (`tuple[str, ...]`): What a decoder layer calls such a module.
-        sources (`tuple[str, ...]`): The projections, in the order in which `project_in` returns them.
-        target (`str`): The one layer that replaces them.
-        sizes (`Callable`): The rows of each projection's weight, from the config and the name of the module.
-    """
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def __init__(
-        self,
-        name: str,
-        class_name: str,
-        module_names: tuple[str, ...],
-        sources: tuple[str, ...],
-        target: str,
-        sizes: Callable[[Step3TextConfig, str], list[int]],
-    ):
-        self.name, self.class_name, self.module_names = name, class_name, module_names
-        self.sources, self.target, self.sizes = sources, target, sizes
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        qkv_states = self.qkv_proj(hidden_states).view(*input_shape, 3, -1, self.head_dim)
+        query_states, key_states, value_states = (states.transpose(1, 2) for states in qkv_states.unbind(2))
 
-    def is_fusable(self, module: nn.Module) -> bool:
-        return type(module).__name__ == self.class_name
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask=None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
-    def make_fused_class(self, original_cls: type[nn.Module]) -> type[nn.Module]:
-        spec = self
 
-        class Fused(original_cls):
-            fusion = spec.name
+class Step3VisionMLP(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                sources = [self._modules.pop(name) for name in spec.sources]
-                self.source_sizes = [source.out_features for source in sources]
-                target = nn.Linear(sources[0].in_features, sum(self.source_sizes), bias=False)
-                self.add_module(spec.target, target)
-                for layer in self.children():
-                    if isinstance(layer, nn.Linear):  # the others, too; no quantiser would know them
-                        layer.__class__ = FusedLinear
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
-            def project_in(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-                return getattr(self, spec.target)(hidden_states).split(self.source_sizes, dim=-1)
 
-        Fused.__name__ = Fused.__qualname__ = f"Fused{original_cls.__name__}"
-        return Fused
+class Step3VisionEncoderLayer(GradientCheckpointingLayer):
+    """A layer that normalises what each branch puts out, not what goes in."""
 
-    def make_transforms(self, config: Step3VLConfig | Step3TextConfig) -> list[WeightConverter]:
-        text_config = config.get_text_config()
-        return [
-            WeightConverter(
-                [rf"{module}\.{source}\.weight" for source in self.sources],
-                f"{module}.{self.target}.weight",
-                [ConcatenateRows(self.sizes(text_config, module))],
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.self_attn = Step3VisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Step3VisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attn_output, _ = self.self_attn(hidden_states, **kwargs)
+        hidden_states = hidden_states + self.layer_norm1(attn_output)
+        return hidden_states + self.layer_norm2(self.mlp(hidden_states))
+
+
+class Step3VisionTransformer(nn.Module):
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([Step3VisionEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+class Step3VisionModel(Step3VLPreTrainedModel):
+    """The vision encoder: pictures in, one row for each of their patches out, with no norm at the end."""
+
+    config: Step3VisionEncoderConfig
+    config_class = Step3VisionEncoderConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
+
+    def __init__(self, config: Step3VisionEncoderConfig):
+        super().__init__(config)
+        self.embeddings = Step3VisionEmbeddings(config)
+        self.transformer = Step3VisionTransformer(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def check_pictures(self, pixel_values: torch.Tensor) -> None:
+        """
+        Raises:
+            `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
+        """
+        _check_tensors(pixel_values=pixel_values)
+        num_channels, patch_size = self.config.num_channels, self.config.patch_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
+            raise ValueError(
+                f"Pictures must have the shape (images, {num_channels}, side, side), of one at least, got "
+                f"{tuple(pixel_values.shape)}."
             )
-            for module in self.module_names
-        ]
+        height, width = pixel_values.shape[2:]
+        if height != width or height % patch_size or height == 0:
+            raise ValueError(
+                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
+                f"{tuple(pixel_values.shape)}."
+            )
 
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
+                Normalised square pictures whose side is a multiple of `patch_size`.
 
-FUSIONS = {
-    spec.name: spec
-    for spec in (
-        ProjectionFusionSpec(
-            name="step3_qkv",
-            class_name="Step3TextAttention",
-            module_names=("self_attn",),
-            sources=("q_proj", "k_proj", "v_proj"),
-            target="q_k_v_proj",
-            sizes=lambda config, _: [config.share_q_dim, *[config.num_attention_groups * config.head_dim] * 2],
-        ),
-        ProjectionFusionSpec(
-            name="step3_gate_up",
-            class_name="Step3TextMLP",
-            module_names=("mlp", "share_expert"),
-            sources=("gate_proj", "up_proj"),
-            target="gate_up_proj",
-            sizes=lambda config, name: [config.intermediate_size if name == "mlp" else config.share_expert_dim] * 2,
-        ),
-    )
-}
-_FUSION_REGISTRY.update(FUSIONS)
+        Returns:
+            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
+            states and attentions also hold the four class rows in front.
 
-
-def _unregister_fused_classes() -> dict[str, type[nn.Module]]:
-    """Takes the classes that a [`ProjectionFusionSpec`] made, by the names of what they replace, from transformers'."""
-    fused_classes = {name: fused for name, fused in get_patch_mapping().items() if hasattr(fused, "fusion")}
-    unregister_patch_mapping(list(fused_classes))
-    return fused_classes
-
-
-@contextmanager
-def _fusions_of_one_load():
-    """What transformers registers to fuse one model is gone after it, and does not fuse those that follow."""
-    conversions = {name: get_checkpoint_conversion_mapping(name) for name in ("step3_vl", "step3_text")}
-    try:
-        yield
-    finally:
-        _unregister_fused_classes()
-        for name, mapping in conversions.items():
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-
-
-@contextmanager
-def _replaced_here(replacements: dict[str, type[nn.Module]]):
-    originals = {name: globals()[name] for name in replacements}
-    globals().update(replacements)
-    try:
-        yield
-    finally:
-        globals().update(originals)
+        Raises:
+            `ValueError`: as in `check_pictures`.
+        """
+        self.check_pictures(pixel_values)
+        hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1429,7 +953,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
     """Vision encoder, the projection of its output to image tokens, and the text decoder."""
 
     config_class = Step3VLConfig
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    keys_of_other_parts = (r"^lm_head\.",)
     # What an MLP of the encoder may put out at once, in bytes. More is slower on a CPU, where it leaves the caches; on
     # a GPU it bounds memory, to 50 patches of the released size in bfloat16.
     max_encoder_bytes = {"cpu": 2**24, "cuda": 2**31}
@@ -1573,6 +1097,13 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
+    def warn_of_image_tokens(self, input_ids: torch.LongTensor) -> None:
+        """Once, if there are any in a text without pictures, in whose place nothing is put."""
+        if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
+            return
+        if (input_ids == self.config.image_token_id).any():
+            logger.warning_once("The text has image tokens, but no pictures are given: their own embeddings are used.")
+
     def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
         """Raises a `ValueError` if there are not as many image tokens as rows of `image_features`."""
         num_image_tokens = image_token_mask.sum()
@@ -1620,7 +1151,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         """
         Args:
             pixel_values, patch_pixel_values, num_patches: Pictures, as in [`~Step3VLModel.get_image_features`].
-            image_embeds (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
+            image_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)`, *optional*):
                 Image features of all pictures, one after the other, in place of `pixel_values`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
@@ -1638,8 +1169,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
             raise ValueError(
                 "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
             )
-        if pixel_values is None and (patch_pixel_values is not None or num_patches is not None):
-            raise ValueError("`patch_pixel_values` and `num_patches` belong to `pixel_values`, which is missing.")
+        if pixel_values is None and patch_pixel_values is not None:
+            raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
 
         _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, image_embeds=image_embeds)
         if inputs_embeds is None:
@@ -1653,22 +1184,15 @@ class Step3VLModel(Step3VLPreTrainedModel):
             image_embeds = torch.cat(list(encoded.pooler_output))
         if image_embeds is not None:
             width = inputs_embeds.shape[2]
-            if image_embeds.ndim != 2 or image_embeds.shape[1] != width:
+            if image_embeds.ndim < 2 or image_embeds.shape[-1] != width:
                 raise ValueError(
-                    f"`image_embeds` must have the shape (rows, {width}), got {tuple(image_embeds.shape)}."
+                    f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(image_embeds.shape)}."
                 )
-            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            image_embeds = image_embeds.reshape(-1, width).to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
-        elif input_ids is not None and input_ids.shape[1] > 1:
-            # What follows cached tokens may hold an image token that the model itself came up with.
-            cached = 0 if cache is None else cache.get_seq_length()
-            if isinstance(cached, int) and cached == 0:
-                image_token_mask = self.get_image_token_mask(input_ids, None)
-                _check_values(
-                    ~image_token_mask,
-                    lambda: f"The text has {int(image_token_mask.sum())} image tokens, but there are no pictures.",
-                )
+        elif input_ids is not None and input_ids.shape[1] > 1 and cache is None:
+            self.warn_of_image_tokens(input_ids)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -1697,7 +1221,7 @@ class Step3LanguageModelHead:
         super().post_init()
         # The released vocabulary of 128815 divides by few numbers of ranks. Only a head of its own can stay whole; a
         # tied one is split with the embedding.
-        if not GATHERS_UNEVEN_OUTPUTS and not self.config.tie_word_embeddings:
+        if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
@@ -1740,8 +1264,8 @@ class Step3LanguageModelHead:
         missing = {"attention_mask", "position_ids"} - model_inputs.keys()
         if strangers and missing:
             raise TypeError(
-                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to the model, which has "
-                f"no such argument, and not {', '.join(sorted(missing))}: use a release that this model was tested with."
+                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to a model that has no "
+                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
             )
         return model_inputs
 
@@ -1799,7 +1323,10 @@ class Step3LanguageModelHead:
             token_mask = None
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
-            aux_loss = load_balancing_loss_func(
+            load_balancing_loss = need(
+                "models.mixtral.modeling_mixtral", "load_balancing_loss_func", "The load-balancing loss"
+            )
+            aux_loss = load_balancing_loss(
                 outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
             )
             if loss is not None:
@@ -1814,12 +1341,11 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
     config_class = Step3TextConfig
     input_modalities = ("text",)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _keys_to_ignore_on_load_unexpected = [r"^(model\.)?vision_model\.", r"^(model\.)?vit_"]
+    keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_")
 
     def __init__(self, config: Step3TextConfig):
         super().__init__(config)
         self.model = Step3TextModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -1990,7 +1516,9 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
         those whose tokens it holds."""
         cache = one_cache(cache, past_key_values, kwargs)
-        has_pictures = any(kwargs.get(name) is not None for name in self._picture_inputs)
+        has_pictures = self._has_pictures(kwargs)
+        if not has_pictures:  # counts of pictures that the cache holds may be left over
+            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
         num_new = next_sequence_length or input_ids.shape[1]
         if has_pictures and cache is not None and inputs_embeds is None and num_new > 1:
             # What an assistant model begins with is not called its first iteration.
@@ -2042,6 +1570,11 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             model_kwargs["image_embeds"] = torch.cat([row for row in rows for _ in range(expand_size)])
         return input_ids, model_kwargs
 
+    @staticmethod
+    def _has_pictures(model_inputs: dict) -> bool:
+        names = ("pixel_values", "image_embeds")
+        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
+
     def _pop_image_features(self, model_inputs: dict) -> torch.Tensor | None:
         """Takes the pictures, in whichever form they are, out of `model_inputs`: their features (rows, hidden_size)."""
         pixel_values, patches, num_patches, image_embeds, encoded = (
@@ -2051,13 +1584,63 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_embeds, _ = self.model.encode_pictures(pixel_values, patches, num_patches)
         elif encoded:
             image_embeds = torch.cat(list(encoded["image"].pooler_output))
-        return image_embeds
+        return None if image_embeds is None else image_embeds.flatten(0, -2)
 
     def _split_by_row(
         self, image_features: torch.Tensor, image_token_mask: torch.BoolTensor
     ) -> tuple[torch.Tensor, ...]:
         self.model.check_image_tokens(image_token_mask, image_features)
         return image_features.split(image_token_mask.sum(-1).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
+    """The same tensor, which every rank holds; the gradients that the ranks send back are summed."""
+    if not tensor.requires_grad:
+        return tensor
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+ALL_PARALLEL_STYLES = find("distributed.tensor_parallel", "ALL_PARALLEL_STYLES")
+TensorParallelLayer = find("distributed.tensor_parallel", "TensorParallelLayer") or object
+
+
+class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
+    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends to it with
+    its own query heads only."""
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return _sum_gradients(output, mesh)
+
+
+class SplitExpertsParallel(TensorParallelLayer):
+    """Tensor-parallel style of the experts: each rank holds some of them whole, runs those on all tokens, and the
+    outputs are summed. Goes with `grouped_gemm` on their weights."""
+
+    def should_use_local_tensors(self, module):
+        return True
+
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
+        hidden_states, top_k_index, top_k_weights = args
+        top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
+        elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
+        top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
+        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
+        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
+
+    def transform_output_post_forward(self, module, output, mesh):
+        return (
+            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
+        )
+
+
+if ALL_PARALLEL_STYLES is not None:
+    ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
+    ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
 
 
 Step3VisionModel.register_for_auto_class("AutoModel")

@@ -492,15 +492,13 @@ class Step3VLProcessor(ProcessorMixin):
         As for any processor, and no pictures may be given as an empty list.
 
         Raises:
-            `ValueError`: if the text is empty or no text, or there are videos or sound.
+            `ValueError`: if the text is empty or no text.
         """
         samples = [text] if isinstance(text, str) else text
         if text is not None and not (
             isinstance(samples, (list, tuple)) and samples and all(isinstance(s, str) and s for s in samples)
         ):
             raise ValueError(f"`text` must be a string or a list of strings, none of them empty, got {text!r}.")
-        if videos is not None or audio is not None:
-            raise ValueError("Step3-VL takes pictures and text, got `videos` or `audio`.")
         if isinstance(images, (list, tuple)) and not any(
             not isinstance(entry, (list, tuple)) or len(entry) for entry in images
         ):

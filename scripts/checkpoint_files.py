@@ -33,10 +33,11 @@ def import_configuration():
 
 
 configuration = import_configuration()
+logging = importlib.import_module("transformers.utils.logging")
 Step3TextConfig, Step3VLConfig = configuration.Step3TextConfig, configuration.Step3VLConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CODE_FILES = ("configuration_step3.py", "modeling_step3.py", "processing_step3.py")
+CODE_FILES = ("configuration_step3.py", "checkpoint_step3.py", "modeling_step3.py", "processing_step3.py")
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # Bytes of an element; weights are of these types only.
 WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
@@ -46,7 +47,7 @@ PICKLED = "pickled weights can run any code, and are refused; safetensors are re
 # What JSON is read at all: in the released model the index has 0.2 MB and the largest header less.
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 16 * 2**20, 50
 # Far beyond any model, and small enough to reckon with.
-MAX_LAYERS, MAX_SIZE, MAX_TENSORS = 1000, 2**31, 10**5
+MAX_LAYERS, MAX_SIZE, MAX_TENSORS = configuration.MAX_LAYERS, 2**31, 10**5
 
 
 class CheckpointError(ValueError):
@@ -305,7 +306,6 @@ def read_config(directory: Path) -> Step3VLConfig | Step3TextConfig:
             problems.append(f"config.json: `{name}` must be an object, got {quote(settings[name])}.")
     if problems:
         raise CheckpointError(problems)
-    logging = configuration.transformers.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings of unknown keys quote them at any length
     try:

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
-from step3_vl.configuration_step3 import CACHE_NAME
+from step3_vl.modeling_step3 import CACHE_NAME
 
 
 logging.disable_progress_bar()
@@ -36,6 +36,26 @@ def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProc
 def cache_of(output):
     """The cache in a model's output, whatever this release calls it."""
     return output[CACHE_NAME]
+
+
+# The longest sum in a model of `small_config`, over a patch's pixels, and how many products follow one another in it.
+LONGEST_SUM, PRODUCTS = 3 * 14 * 14, 24
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor):
+    """
+    Equal but for the order of sums, which differs between processors and batch sizes. Rounding errors add up as a
+    random walk: the square root of their number, LONGEST_SUM * PRODUCTS, times one of them, the number type's epsilon
+    at the size of the largest value.
+    """
+    if not isinstance(actual, torch.Tensor):
+        assert len(actual) == len(expected)
+        for pair in zip(actual, expected):
+            assert_close(*pair)
+        return
+    size = float(expected.detach().abs().max())
+    atol = (LONGEST_SUM * PRODUCTS) ** 0.5 * torch.finfo(expected.dtype).eps * size
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:

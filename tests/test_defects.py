@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, cache_of, row_alone, small_batch, small_config, small_model
+from conftest import ROOT, assert_close, cache_of, row_alone, small_batch, small_config, small_model
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from test_modeling_step3 import LargestAllocation
@@ -23,10 +23,6 @@ IDS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, 25]])
 def run(model, *args, **kwargs):
     with torch.no_grad():
         return model(*args, **kwargs)
-
-
-def assert_close(first, second):
-    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
 def assert_rows_equal_rows_alone(model, batch, logits):

@@ -1,7 +1,5 @@
 """Released checkpoints read as they are, by `from_pretrained`."""
 
-import json
-import shutil
 from pathlib import Path
 
 import convert_checkpoint
@@ -10,7 +8,7 @@ import torch
 import transformers
 from conftest import dequantised, make_fp8_checkpoint
 from packaging.version import Version
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_saving import assert_same_tensors
 from transformers import AutoModelForImageTextToText
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -67,19 +65,58 @@ def test_fp8_is_kept_where_a_gpu_has_it(fp8, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
-def test_the_text_part_never_reads_the_vision_encoder(fp8, bfloat16, tmp_path, kind):
+def test_the_text_part_is_taken_out_of_a_whole_checkpoint(fp8, bfloat16, kind):
     if kind == "fp8" and Version(transformers.__version__) < Version("5.17"):
         pytest.skip("transformers 5.16 cannot load the fp8 weights of any model with a tensor-parallel plan")
     source = fp8 if kind == "fp8" else bfloat16
-    directory = Path(shutil.copytree(source, tmp_path / "model"))
-    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
-    vision = {file for name, file in index.items() if name.startswith("vi")}
-    for file in vision - {file for name, file in index.items() if not name.startswith("vi")}:
-        (directory / file).unlink()
-    assert not all((directory / file).exists() for file in vision)
-    text = Step3TextForCausalLM.from_pretrained(directory)
+    text, report = Step3TextForCausalLM.from_pretrained(source, output_loading_info=True)
+    assert not any(report.values()), report
     assert text.dtype == torch.bfloat16
     assert torch.equal(logits(text), logits(Step3VLForConditionalGeneration.from_pretrained(source)))
+
+
+def one_by_one(source: Path, directory: Path, num_experts: int, skip: int | None = None) -> Path:
+    """The same checkpoint in one file, with every expert's weights under a name of their own."""
+    weights = {}
+    for path in source.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            layer, is_expert, rest = name.partition(".moe.")
+            if is_expert and rest.endswith(("_proj.weight", "_proj.weight_scale_inv")):
+                single = {f"{layer}.moe.experts.{i}.{rest}": tensor[i].clone() for i in range(num_experts) if i != skip}
+                weights |= single
+            else:
+                weights[name] = tensor
+    directory.mkdir()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text((source / "config.json").read_text())
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+def test_experts_that_were_saved_one_by_one_are_read(fp8, bfloat16, tmp_path, kind):
+    source = fp8 if kind == "fp8" else bfloat16
+    num_experts = Step3VLConfig.from_pretrained(source).text_config.moe_num_experts
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        one_by_one(source, tmp_path / "single", num_experts), output_loading_info=True
+    )
+    assert not any(report.values()), report
+    whole = AutoModelForImageTextToText.from_pretrained(source)
+    assert_same_tensors(model.state_dict(), whole.state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    whole.save_pretrained(tmp_path / "whole")
+    assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("saved", "whole")))
+    with pytest.raises(ValueError, match=f"must be there for experts 0 to {num_experts - 1}, got .0, 2"):
+        AutoModelForImageTextToText.from_pretrained(one_by_one(source, tmp_path / "some", num_experts, skip=1))
+
+
+def test_experts_in_a_quantised_form_that_is_not_known_are_refused(bfloat16, tmp_path):
+    directory = one_by_one(bfloat16, tmp_path / "single", 8)
+    weights = load_file(directory / "model.safetensors")
+    name = next(name for name in weights if ".experts.0.gate_proj" in name)
+    weights[name.replace(".weight", ".qweight")] = weights.pop(name)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.qweight .* not block-fp8"):
+        AutoModelForImageTextToText.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, cache_of, row_alone, small_batch, small_config, small_model
+from conftest import IMAGE_TOKEN, assert_close, cache_of, row_alone, small_batch, small_config, small_model
 from reference import step3_logits
 from safetensors.torch import load_file
 from torch._inductor.utils import run_and_get_code
@@ -146,8 +146,8 @@ def test_batch_equals_rows_alone(attention):
         for row in range(3):
             alone = model(**row_alone(batch, row)).logits[0]
             length = len(alone)
-            torch.testing.assert_close(together[row, -length:], alone, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(right_padded[row, :length], alone, atol=1e-5, rtol=1e-5)
+            assert_close(together[row, -length:], alone)
+            assert_close(right_padded[row, :length], alone)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_token_by_token_equals_one_pass(cache, attention):
             past = StaticCache(config=model.config, max_cache_len=ids.shape[1] + 5)
         steps = [embeds[:, :3], embeds[:, 3:5], *embeds[:, 5:].split(1, dim=1)]
         logits = [model(inputs_embeds=step, cache=past).logits for step in steps]
-    torch.testing.assert_close(torch.cat(logits, 1), expected, atol=1e-5, rtol=1e-5)
+    assert_close(torch.cat(logits, 1), expected)
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -273,7 +273,7 @@ def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
     hook.remove()
     assert rows == [(2, 64), (1, 64), (3, 16)]
     for name in ("last_hidden_state", "hidden_states", "pooler_output"):
-        torch.testing.assert_close(parts[name], together[name], atol=1e-5, rtol=1e-5)
+        assert_close(parts[name], together[name])
 
 
 def test_logits_to_keep(model, batch):
@@ -417,7 +417,7 @@ def test_several_key_value_heads_are_each_shared_by_their_own_query_heads():
         for each in (model, repeated):
             each.set_attn_implementation({"text_config": attention})
         assert torch.equal(*(each.generate(**batch, max_new_tokens=5, do_sample=False) for each in (model, repeated)))
-        torch.testing.assert_close(model(**batch).logits, repeated(**batch).logits, atol=1e-5, rtol=1e-5)
+        assert_close(model(**batch).logits, repeated(**batch).logits)
 
 
 def test_grouped_mm_with_narrow_experts_is_refused_or_replaced(batch):

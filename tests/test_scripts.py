@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, assert_close, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -112,6 +112,6 @@ def test_the_benchmarks_original_gives_the_same_answers():
     mask[0, :4] = 0
     with torch.no_grad():
         outputs = [each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, original)]
-    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+    assert_close(*outputs)
     assert original.config._experts_implementation == "original" != model.config._experts_implementation
     assert next(original.parameters()) is next(model.parameters())

@@ -1,0 +1,517 @@
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, experts that were saved one by one,
+and rewrites of a loaded model. Nothing here computes anything of the model.
+"""
+
+# Names of transformers that its documentation does not promise. Each is looked up where it is needed, so that a release
+# without it costs that feature, which says so, and nothing else.
+#
+# | name                                                       | what for                                    | since  |
+# |------------------------------------------------------------|---------------------------------------------|--------|
+# | PreTrainedModel._load_pretrained_model                     | fp8 and experts one by one, while reading   | 5.0    |
+# | integrations.finegrained_fp8.FP8Linear, FP8Experts         | fp8 that stays fp8: what is not quantised   | 5.0    |
+# | integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS     | fp8 that stays fp8: the experts' kernel     | 5.12   |
+# | conversion_mapping.get_model_conversion_mapping            | `load_state_dict` with names on disk        | 5.0    |
+# | core_model_loading.rename_source_key                       | `load_state_dict` with names on disk        | 5.0    |
+# | integrations.moe.ALL_EXPERTS_FUNCTIONS                     | the experts implementation "step3"          | 5.0    |
+# | integrations.moe.grouped_mm_experts_forward                | the experts implementation "step3"          | 5.0    |
+# | distributed.tensor_parallel.ALL_PARALLEL_STYLES            | tensor parallelism                          | 5.0    |
+# | distributed.tensor_parallel.TensorParallelLayer            | tensor parallelism                          | 5.0    |
+# | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | 4.36   |
+# | GenerationMixin._expand_inputs_for_generation              | beams and several sequences with pictures   | 4.20   |
+# | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | 4.20   |
+# | ProcessorMixin._load_tokenizer_from_pretrained             | a directory without an image processor      | 5.0    |
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.modeling_utils import PreTrainedModel
+
+
+def find(module: str, name: str) -> Any | None:
+    """`transformers.MODULE.NAME`, one of the names above, or `None` where there is no such thing."""
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def need(module: str, name: str, feature: str) -> Any:
+    """
+    `transformers.MODULE.NAME`, one of the names above.
+
+    Raises:
+        `ImportError`: if there is no such thing, with what goes without it.
+    """
+    found = find(module, name)
+    if found is None:
+        raise ImportError(
+            f"{feature} needs `transformers.{module}.{name}`, which transformers {transformers.__version__} lacks: use "
+            "a release that this model was tested with, or do without it."
+        )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+# How the names on disk become the modules' names; `save_pretrained` runs it backwards. A mapping is found by class
+# name, else by model type, and each part of a model brings its own: what the whole model renames, its parts rename
+# further. The second form in each pattern, `model.language_model.` and so on, is what the original remote code saved.
+register_checkpoint_conversion_mapping(
+    "step3_text",
+    [
+        WeightConverter(
+            [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
+        ),
+        WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
+    ],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "step3_vl",  # which Step3VLModel is found by
+    [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
+    overwrite=True,
+)
+register_checkpoint_conversion_mapping(
+    "Step3VLForConditionalGeneration",
+    [
+        WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^model.model."),
+        WeightRenaming(r"^(?:model\.|)vision_model\.", "^model.vision_model."),
+        WeightRenaming(r"^(?:model\.|)vit_", "^model.vit_"),
+    ],
+    overwrite=True,
+)
+
+# The scales of stacked fp8 experts, whose names nothing else has.
+FP8_RENAMING = WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.down_proj_scale_inv")
+
+# A routed expert's weight as llm-compressor and others save it, and what belongs to it.
+SINGLE_EXPERT = re.compile(r"(?P<moe>.*\.moe\.)experts\.(?P<number>\d+)\.(?P<rest>(?:gate|up|down)_proj\..+)")
+
+
+class DequantizedWeight:
+    """
+    A slice of a safetensors file times the scales of its blocks of `block_size` (rows, columns), in `dtype`; read when
+    it is indexed.
+    """
+
+    def __init__(self, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
+        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
+
+    def get_shape(self) -> list[int]:
+        return self.weight.get_shape()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        weight, scale = self.weight[...], self.scale[...].float()
+        rows, columns = weight.shape[-2:]
+        height, width = self.block_size
+        output = torch.empty(weight.shape, dtype=self.dtype)
+        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (output, weight, scale))
+        for out, quantized, factors in zip(*matrices, strict=True):  # expert by expert: float32 copies take room
+            factors = factors.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+            out.copy_(quantized.float().mul_(factors))
+        return output[index]
+
+
+class StackedWeight:
+    """Weights of single experts as the one that holds them all, (experts, rows, columns); read when it is indexed."""
+
+    def __init__(self, parts: list):
+        self.parts = parts
+
+    def get_shape(self) -> list[int]:
+        return [len(self.parts), *self.parts[0].get_shape()]
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return torch.stack([part[...] for part in self.parts])[index]
+
+
+def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """
+    The same weights, with those of single experts under the names and in the shapes of the released layout.
+
+    Raises:
+        `ValueError`: if an expert is missing or there are more than `num_experts`, or if they are quantised in a way
+        that is not block-fp8.
+    """
+    stacked, experts = {}, {}
+    for name, weight in weights.items():
+        if (match := SINGLE_EXPERT.fullmatch(name)) is None:
+            stacked[name] = weight
+            continue
+        if not match["rest"].endswith((".weight", ".weight_scale_inv")):
+            raise ValueError(
+                f"{name} belongs to experts in a quantised form that is not block-fp8: such experts cannot be read."
+            )
+        experts.setdefault(match["moe"] + match["rest"], {})[int(match["number"])] = weight
+    for name, parts in experts.items():
+        if parts.keys() != set(range(num_experts)):
+            raise ValueError(f"{name} must be there for experts 0 to {num_experts - 1}, got {sorted(parts)}.")
+        stacked[name] = StackedWeight([parts[number] for number in range(num_experts)])
+    return stacked
+
+
+def dequantize(weights: Mapping[str, Any], block_size: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """
+    The same weights, with block-fp8 ones multiplied by their scales, which are left out.
+
+    Raises:
+        `ValueError`: if an fp8 weight has no scales.
+    """
+    output = {}
+    for name, weight in weights.items():
+        if name.endswith("_scale_inv"):
+            continue
+        scale = weights.get(f"{name}_scale_inv")
+        if scale is None and getattr(weight, "get_dtype", lambda: None)() == "F8_E4M3":
+            raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
+        output[name] = weight if scale is None else DequantizedWeight(weight, scale, block_size, dtype)
+    return output
+
+
+def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
+    """
+    Takes back the fp8 modules of `model` that have no scales among `names`, a checkpoint's: they are not fp8 there.
+
+    Raises:
+        `ValueError`: if the blocks of stacked fp8 experts do not divide them.
+    """
+    feature = "fp8 that is kept"
+    fp8_linear = need("integrations.finegrained_fp8", "FP8Linear", feature)
+    fp8_experts = need("integrations.finegrained_fp8", "FP8Experts", feature)
+    rename = need("core_model_loading", "rename_source_key", feature)
+    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
+    own_names = model.state_dict()
+    scaled = {rename(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
+    text_config = model.config.get_text_config()
+    block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
+    plain = None
+    for name, module in list(model.named_modules()):
+        if isinstance(module, fp8_experts) and f"{name}.down_proj_scale_inv" in scaled:
+            if text_config.moe_intermediate_size % block_rows:
+                raise ValueError(
+                    "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
+                    f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
+                    "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
+                )
+        elif isinstance(module, (fp8_linear, fp8_experts)) and f"{name}.weight_scale_inv" not in scaled:
+            if plain is None:
+                with torch.device("meta"):
+                    plain = type(model)(model.config)
+            model.set_submodule(name, plain.get_submodule(name).to(load_config.dtype))
+
+
+class Step3Checkpoint:
+    """Mixin of the models: what loading and saving a checkpoint of Step3 takes beyond any other model's."""
+
+    # Patterns of the names that a directory of the whole model holds beside those of a part that is loaded by itself.
+    # Not the attribute that transformers asks for, which is handed on to models that this one is a part of.
+    keys_of_other_parts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """
+        As for any model.
+
+        Raises:
+            `ValueError`: if `fusion_config` names rewrites that `fuse` makes of a loaded model.
+            `ImportError`: if it is to be split over ranks, and this release of transformers lacks what that takes.
+        """
+        ours = set(kwargs.get("fusion_config") or ()) & {rewrite.name for rewrite in REWRITES}
+        if ours:
+            names = ", ".join(repr(name) for name in sorted(ours))
+            raise ValueError(f"`fusion_config` is transformers' own; call `fuse({names})` on the loaded model instead.")
+        if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
+            for name in ("ALL_PARALLEL_STYLES", "TensorParallelLayer"):
+                need("distributed.tensor_parallel", name, "Tensor parallelism")
+        return super().from_pretrained(*args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """
+        What `from_pretrained` reads weights with. Block-fp8 weights are kept or dequantised, as transformers' quantiser
+        decides by the device; what a checkpoint holds in another type is not made fp8. Experts that were saved one by
+        one are stacked. Everything else is read as it is by transformers.
+
+        Raises:
+            `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if experts are
+            missing.
+        """
+
+        def load(state_dict, checkpoint_files, load_config):
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, *args, **kwargs
+            )
+
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | set(model.keys_of_other_parts)
+        quantizer = load_config.hf_quantizer
+        settings = getattr(quantizer, "quantization_config", None)
+        is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
+        if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
+            return load(state_dict, checkpoint_files, load_config)
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
+            weights = {name: file.get_slice(name) for file in files for name in file.keys()}
+            has_single_experts = any(map(SINGLE_EXPERT.fullmatch, weights))
+            if not is_fp8 and not has_single_experts:
+                stack.close()
+                return load(state_dict, checkpoint_files, load_config)
+            if is_fp8 and not settings.dequantize:
+                load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
+                take_back_unquantized(model, weights, load_config)
+            if is_fp8 and settings.dequantize:
+                mapping = need("conversion_mapping", "get_model_conversion_mapping", "Dequantising fp8")
+                renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+                converters = [entry for entry in mapping(model) if isinstance(entry, WeightConverter)]
+                load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
+                weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
+            if has_single_experts:
+                weights = stack_experts(weights, model.config.get_text_config().moe_num_experts)
+            return load(weights, None, load_config)
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
+        """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
+        own_names = self.state_dict().keys()
+        if state_dict.keys() <= own_names:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        feature = "`load_state_dict` with names on disk"
+        mapping = need("conversion_mapping", "get_model_conversion_mapping", feature)
+        rename = need("core_model_loading", "rename_source_key", feature)
+        transforms = mapping(self, add_legacy=False)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = {
+            pattern: transform
+            for transform in transforms
+            if isinstance(transform, WeightConverter)
+            for pattern in transform.source_patterns
+        }
+        renamed, to_convert = {}, {}
+        for name, tensor in state_dict.items():
+            if name in own_names:
+                renamed[name] = tensor
+                continue
+            new_name, pattern = rename(name, renamings, list(converters.values()))
+            if pattern is None:
+                renamed[new_name] = tensor
+            else:
+                converter = to_convert.setdefault(new_name, deepcopy(converters[pattern]))
+                converter.add_tensor(new_name, name, pattern, tensor)
+        for name, converter in to_convert.items():
+            renamed.update(converter.convert(name, model=self, config=self.config))
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewrites of a loaded model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """
+    Makes one linear layer of several that have the same input.
+
+    Args:
+        name (`str`): What [`~Step3Rewritable.fuse`] calls it.
+        class_name (`str`): The class of the modules that it matches.
+        sources (`tuple[str, ...]`): Their linear layers that are put on top of each other, in this order.
+        target (`str`): The layer that is made of them.
+    """
+
+    name: str
+    class_name: str
+    sources: tuple[str, ...]
+    target: str
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).__name__ == self.class_name
+
+    def is_applied_to(self, module: nn.Module) -> bool:
+        return self.matches(module) and self.target in module._modules
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why a module that is matched cannot be rewritten, or `None` if it can."""
+        for source in self.sources:
+            layer = getattr(module, source)
+            if type(layer) is not nn.Linear or layer.bias is not None:
+                return f"`{source}` is a {type(layer).__name__}: it is quantised, or has been replaced"
+            if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
+                return f"the weight of `{source}` is split over ranks, quantised or offloaded"
+            if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+                return f"`{source}` has hooks, which would no longer be called"
+        weights = [getattr(module, source).weight for source in self.sources]
+        if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
+            return "the weights have several types or devices, or some are frozen and some are not"
+        return None
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module) -> None:
+        layers = [getattr(module, source) for source in self.sources]
+        weight = torch.cat([layer.weight for layer in layers])
+        fused = FusedLinear(layers[0].in_features, weight.shape[0], bias=False, device="meta")
+        fused.weight = nn.Parameter(weight, requires_grad=layers[0].weight.requires_grad)
+        fused.train(module.training)
+        start = 0
+        for layer in layers:
+            del layer.weight
+            layer.__class__ = RowsOfLinear
+            layer.__dict__.update(fused=fused, start=start)
+            start += layer.out_features
+        module.add_module(self.target, fused)
+
+    @torch.no_grad()
+    def undo(self, module: nn.Module, layers: Iterable[nn.Module]) -> None:
+        fused = module._modules.pop(self.target)
+        for layer in layers:
+            weight = nn.Parameter(layer.weight.clone(), requires_grad=fused.weight.requires_grad)
+            if fused.weight.grad is not None:
+                weight.grad = fused.weight.grad[layer.rows].clone()
+            del layer.__dict__["fused"], layer.__dict__["start"]
+            layer.__class__ = nn.Linear
+            layer.weight = weight
+
+
+class FusedLinear(nn.Linear):
+    """What a [`Rewrite`] makes. State dicts know its rows by the names of the layers that they came from."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        pass
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        pass
+
+
+class RowsOfLinear(nn.Linear):
+    """A layer whose weight is some rows, from `start`, of a [`FusedLinear`]."""
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.fused.weight[self.rows]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            missing_keys.append(prefix + "weight")
+        elif weight.shape != self.weight.shape:
+            error_msgs.append(
+                f"size mismatch for {prefix}weight: copying a param with shape {weight.shape} from checkpoint, the "
+                f"shape in current model is {self.weight.shape}."
+            )
+        else:
+            self.weight.copy_(weight)
+
+
+# Applied in this order.
+REWRITES = (
+    Rewrite("step3_qkv", "Step3TextAttention", ("q_proj", "k_proj", "v_proj"), "q_k_v_proj"),
+    Rewrite("step3_gate_up", "Step3TextMLP", ("gate_proj", "up_proj"), "gate_up_proj"),
+)
+
+
+class Rewritable(nn.Module):
+    """A module that a [`Rewrite`] matches. If one of its layers is replaced, say by an adapter, it is undone."""
+
+    def project(self, hidden_states: torch.Tensor, rewrite: Rewrite) -> tuple[torch.Tensor, ...]:
+        """What each of the rewrite's layers makes of `hidden_states`."""
+        layers = [getattr(self, source) for source in rewrite.sources]
+        fused = self._modules.get(rewrite.target)
+        if fused is None:
+            return tuple(layer(hidden_states) for layer in layers)
+        return fused(hidden_states).split([layer.out_features for layer in layers], dim=-1)
+
+    def __setattr__(self, name: str, value):
+        for rewrite in REWRITES:
+            if name in rewrite.sources and rewrite.is_applied_to(self):
+                rewrite.undo(self, [self._modules[source] for source in rewrite.sources])
+        super().__setattr__(name, value)
+
+
+class Step3Rewritable:
+    """Mixin of the models: rewrites of a loaded one."""
+
+    def fuse(self, *names: str) -> None:
+        """
+        Rewrites the loaded model in place, module by module: `"step3_qkv"` makes one layer of the projections to
+        low-rank queries, keys and values, `"step3_gate_up"` of the gate and up projections of each MLP. Answers are
+        equal but for rounding. State dicts, and so what is saved, keep the names and shapes that they had.
+
+        Raises:
+            `ValueError`: if a name is unknown, given twice or already applied, two match the same layers, or a module
+            is quantised, offloaded, split over ranks or has hooks. The model is then as it was.
+        """
+        known = {rewrite.name: rewrite for rewrite in REWRITES}
+        if not names or set(names) - known.keys() or len(set(names)) < len(names):
+            raise ValueError(f"`fuse` takes some of {', '.join(known)}, each once, got {names}.")
+        planned, claimed = [], {}
+        for name, module in self.named_modules():
+            for rewrite in (rewrite for rewrite in REWRITES if rewrite.name in names and rewrite.matches(module)):
+                if rewrite.is_applied_to(module):
+                    raise ValueError(f"`{rewrite.name}` is applied to {name} already.")
+                for source in rewrite.sources:
+                    if (other := claimed.setdefault((name, source), rewrite.name)) != rewrite.name:
+                        raise ValueError(f"`{other}` and `{rewrite.name}` both rewrite {name}.{source}.")
+                if (obstacle := rewrite.obstacle(module)) is not None:
+                    raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
+                planned.append((rewrite, module))
+        for rewrite, module in planned:
+            rewrite.apply(module)
+
+    def unfuse(self) -> None:
+        """Undoes every rewrite."""
+        for module in self.modules():
+            for rewrite in REWRITES:
+                if rewrite.is_applied_to(module):
+                    rewrite.undo(module, [module._modules[source] for source in rewrite.sources])
+
+    def fusion_report(self) -> list[dict[str, str | bool]]:
+        """
+        What each rewrite matches in this model, a row for each module: `fusion`, the `module`'s name, its `class`,
+        whether it is `rewritten`, and the `layers` that it makes into one.
+        """
+        return [
+            {
+                "fusion": rewrite.name,
+                "module": name,
+                "class": type(module).__name__,
+                "rewritten": rewrite.is_applied_to(module),
+                "layers": f"{', '.join(rewrite.sources)} -> {rewrite.target}",
+            }
+            for rewrite in REWRITES
+            for name, module in self.named_modules()
+            if rewrite.matches(module)
+        ]

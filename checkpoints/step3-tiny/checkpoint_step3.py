@@ -1,0 +1,1 @@
+../../checkpoint_step3.py
