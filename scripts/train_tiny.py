@@ -16,6 +16,7 @@ from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
 from make_random_model import make_tokenizer, save_whole
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.trainer_utils import get_last_checkpoint
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
@@ -236,6 +237,23 @@ class MuonAndAdamW(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
+@torch.no_grad()
+def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: Step3VLImageProcessor) -> None:
+    """
+    Folds the processor's mean and deviation into the patch embedding and puts CLIP's in their place, which is what the
+    serving engines normalise every Step3's pictures with. The model's answers stay what they were.
+    """
+    embedding = model.model.vision_model.embeddings.patch_embedding
+    old_mean, old_std, mean, std = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in (image_processor.image_mean, image_processor.image_std, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    weight, bias = embedding.weight.double(), embedding.bias.double()
+    embedding.bias.copy_(bias + torch.einsum("ochw,c->o", weight, (mean - old_mean) / old_std))
+    embedding.weight.copy_(weight * (std / old_std)[:, None, None])
+    image_processor.image_mean, image_processor.image_std = list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
+
+
 def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
     """
     Trains the model and saves it in `directory`, which must not exist yet; what `Trainer` saves on the way is beside
@@ -286,6 +304,7 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
     )
     trainer.train(resume_from_checkpoint=resume)
     model.config.text_config.output_router_logits = False
+    normalise_as_clip(model, processor.image_processor)
     save_whole(directory, model, processor)
 
 
