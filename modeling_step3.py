@@ -638,9 +638,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
                     f"tokens, keys) for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
                 )
 
-    def mask_one_token(
-        self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None
-    ) -> torch.Tensor:
+    def mask_one_token(self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None) -> torch.Tensor:
         """
         What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
         transformers' own masks wait for the device, to learn whether there is any padding.

@@ -42,7 +42,7 @@ from step3_vl import (
 
 
 SCRIPTS = Path(__file__).parent
-FUSIONS = {"step3_qkv": True, "step3_gate_up": True}
+FUSIONS = ("step3_qkv", "step3_gate_up")
 TEXT_SIZES = {
     "tiny": {
         "hidden_size": 128,
@@ -228,14 +228,14 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
     return rows
 
 
-def make_text_model(size: str, dtype: torch.dtype, machine: Machine, fusions: dict, layers: int) -> PreTrainedModel:
-    """A random model, made where it is to run; a seed makes them alike, but for what is fused."""
+def make_text_model(size: str, dtype: torch.dtype, machine: Machine, layers: int) -> PreTrainedModel:
+    """A random model, made where it is to run; a seed makes them alike."""
     depth = {"num_hidden_layers": 1 + layers} if size == "real-layer" else {}
     config = Step3TextConfig(**TEXT_SIZES[size], **depth, moe_layers_enum=None)
     torch.manual_seed(0)
     with machine.device:
         model = Step3TextForCausalLM.from_pretrained(
-            None, config=config, state_dict={}, dtype=dtype, fusion_config=fusions, device_map=machine.device
+            None, config=config, state_dict={}, dtype=dtype, device_map=machine.device
         )
     return model.eval()
 
@@ -265,8 +265,8 @@ def fill(cache, model: PreTrainedModel, batch: int, context: int):
 
 def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """One token after `context` others."""
-    plain = make_text_model(size, dtype, machine, {}, options.layers)
-    fused = make_text_model(size, dtype, machine, FUSIONS, options.layers)
+    plain, fused = (make_text_model(size, dtype, machine, options.layers) for _ in range(2))
+    fused.fuse(*FUSIONS)
     config = plain.config
     torch._dynamo.config.recompile_limit = 1000  # each context has kernels of its own
     mode = "max-autotune-no-cudagraphs" if machine.device.type == "cuda" else None
@@ -302,8 +302,8 @@ def attention_flops(config: Step3TextConfig, context: int) -> float:
 
 def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
-    plain = make_text_model(size, dtype, machine, {}, options.layers)
-    fused = make_text_model(size, dtype, machine, FUSIONS, options.layers)
+    plain, fused = (make_text_model(size, dtype, machine, options.layers) for _ in range(2))
+    fused.fuse(*FUSIONS)
     models = {"original": as_original(plain), "package": plain, "package, fused": fused}
     head = plain.lm_head.weight.numel()
     multiplied = active_weights(plain, 1)[1] - head
@@ -407,7 +407,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
 
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """One step forward and backward over `context` tokens."""
-    plain = make_text_model(size, dtype, machine, {}, options.layers).train()
+    plain = make_text_model(size, dtype, machine, options.layers).train()
     multiplied = active_weights(plain, 1)[1]
 
     @torch.enable_grad()

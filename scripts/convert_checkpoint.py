@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: the config, and the items of every weight file; or the files to be linked."""
+    """What is to be written: the config, the items of every weight file, and the files to be linked, by their names in
+    the target."""
 
     config: Step3VLConfig | Step3TextConfig
     shards: dict[str, list[Item]]
@@ -319,8 +320,18 @@ def make_plan(
 ) -> Plan:
     config, tensors = select(checkpoint, layers, text_only)
     text_only = text_only and isinstance(checkpoint.config, Step3VLConfig)
+    # The serving engines never tie: for them, the head that a tied model has not got on disk is written out.
+    head = None
+    if "lm_head.weight" not in tensors:
+        embeddings = tensors["model.embed_tokens.weight"]
+        head = tensors["lm_head.weight"] = replace(embeddings, name="lm_head.weight")
     if not (dtype or max_shard_size or to_single or layers or text_only or checkpoint.has_original_names):
-        return Plan(config, {}, {path.name: path for path in checkpoint.paths})
+        linked = {path.name: path for path in checkpoint.paths}
+        if head is None:
+            return Plan(config, {}, linked)
+        if WEIGHTS in linked:  # which transformers reads instead of an index
+            linked = {"model-00001-of-00002.safetensors": linked[WEIGHTS]}
+        return Plan(config, {"model-lm_head.safetensors": [Item(head.name, head, head.dtype)]}, linked)
     target = DTYPES[dtype] if dtype else None
     block = weight_block(checkpoint.config)
     items = []
@@ -522,6 +533,11 @@ def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how
         shutil.rmtree(partial)
 
 
+def total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """Of all weights that the target will have."""
+    return plan.num_bytes + (checkpoint.num_bytes if plan.linked else 0)
+
+
 def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, verify: bool) -> None:
     """Writes what is not in `package` yet."""
     for name, path in plan.linked.items():
@@ -538,9 +554,11 @@ def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, v
             settled.append(settler.submit(settle, package / name))
         for future in settled:
             future.result()
-    weight_map = plan.weight_map or {name: tensor.path.name for name, tensor in checkpoint.tensors.items()}
+    names = {path: name for name, path in plan.linked.items()}
+    linked = {name: names[tensor.path] for name, tensor in checkpoint.tensors.items() if tensor.path in names}
+    weight_map = linked | plan.weight_map
     if set(weight_map.values()) != {WEIGHTS}:
-        metadata = {"total_size": plan.num_bytes or checkpoint.num_bytes}
+        metadata = {"total_size": total_bytes(checkpoint, plan)}
         write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
     plan.config.save_pretrained(package)
@@ -558,9 +576,9 @@ def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
         `CheckpointError`: if a tensor is not what it should be.
     """
     lines, problems = [], []
-    total = plan.num_bytes or checkpoint.num_bytes
+    total = total_bytes(checkpoint, plan)
     with progress_bar(total, "Verifying") as progress:
-        for name in sorted(plan.shards or plan.linked):
+        for name in sorted(plan.shards.keys() | plan.linked.keys()):
             digest = hashlib.sha256()
             with (package / name).open("rb") as file:
                 if name in plan.shards:
@@ -649,7 +667,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         return 130
-    gigabytes = (plan.num_bytes or checkpoint.num_bytes) / 1e9
+    gigabytes = total_bytes(checkpoint, plan) / 1e9
     verdict = "nothing wrong" if arguments.check else arguments.target
     print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {verdict}")
     return 0
