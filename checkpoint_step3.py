@@ -32,7 +32,6 @@ and rewrites of a loaded model. Nothing here computes anything of the model.
 # | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | 4.36   |
 # | GenerationMixin._expand_inputs_for_generation              | beams and several sequences with pictures   | 4.20   |
 # | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | 4.20   |
-# | ProcessorMixin._load_tokenizer_from_pretrained             | a directory without an image processor      | 5.0    |
 
 import importlib
 import re
@@ -68,11 +67,16 @@ def need(module: str, name: str, feature: str) -> Any:
     """
     found = find(module, name)
     if found is None:
-        raise ImportError(
-            f"{feature} needs `transformers.{module}.{name}`, which transformers {transformers.__version__} lacks: use "
-            "a release that this model was tested with, or do without it."
-        )
+        raise lacking(f"{module}.{name}", feature)
     return found
+
+
+def lacking(name: str, feature: str) -> ImportError:
+    """What is raised where one of the names above is not there."""
+    return ImportError(
+        f"{feature} needs `transformers.{name}`, which transformers {transformers.__version__} lacks: use a release "
+        "that this model was tested with, or do without it."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_step3 import REWRITES, Rewritable, Step3Checkpoint, Step3Rewritable, find, need
+from .checkpoint_step3 import REWRITES, Rewritable, Step3Checkpoint, Step3Rewritable, find, lacking, need
 from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
@@ -493,6 +493,8 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
     def __init__(self, config: Step3VLConfig, *args, **kwargs):
         if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
+        if hasattr(config, "quantization_config") and not hasattr(PreTrainedModel, "_load_pretrained_model"):
+            raise lacking("PreTrainedModel._load_pretrained_model", "Reading quantised weights")
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
@@ -1545,6 +1547,23 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
                 if image_features.shape[0]:
                     model_inputs["image_embeds"] = image_features
         return model_inputs
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """
+        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it.
+
+        Raises:
+            `ImportError`: if sequences with pictures are to be repeated, and this release lacks what that takes.
+        """
+        if self._has_pictures(kwargs) and not hasattr(GenerationMixin, "_expand_inputs_for_generation"):
+            settings = [kwargs, vars(kwargs.get("generation_config") or self.generation_config)]
+            counts = [part.get(name) or 1 for part in settings for name in ("num_beams", "num_return_sequences")]
+            if max(counts) > 1:
+                raise lacking(
+                    "GenerationMixin._expand_inputs_for_generation",
+                    "Several sequences or beams of a text with pictures",
+                )
+        return super().generate(inputs, **kwargs)
 
     def _expand_inputs_for_generation(
         self,

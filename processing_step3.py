@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
@@ -36,10 +37,12 @@ from transformers.image_utils import (
     make_flat_list_of_images,
 )
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from .configuration_step3 import num_image_tokens
 
+
+logger = logging.get_logger(__name__)
 
 # A picture with a side below this and a more extreme aspect ratio is padded to a square.
 MIN_SIDE, MAX_PADDED_RATIO = 32, 4
@@ -479,8 +482,7 @@ class Step3VLProcessor(ProcessorMixin):
                 **options,
             )
             if path is None:
-                tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
-                return [Step3VLImageProcessor(), tokenizer]
+                return [Step3VLImageProcessor(), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
     @property
@@ -489,7 +491,8 @@ class Step3VLProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
-        As for any processor, and no pictures may be given as an empty list.
+        As for any processor, and no pictures may be given as an empty list. Videos and sound are left aside, with a
+        warning.
 
         Raises:
             `ValueError`: if the text is empty or no text.
@@ -499,6 +502,9 @@ class Step3VLProcessor(ProcessorMixin):
             isinstance(samples, (list, tuple)) and samples and all(isinstance(s, str) and s for s in samples)
         ):
             raise ValueError(f"`text` must be a string or a list of strings, none of them empty, got {text!r}.")
+        for name, given in (("videos", videos), ("audio", audio)):
+            if given is not None:
+                logger.warning_once(f"Step3-VL takes pictures and text; `{name}` are ignored.")
         if isinstance(images, (list, tuple)) and not any(
             not isinstance(entry, (list, tuple)) or len(entry) for entry in images
         ):

@@ -1,4 +1,5 @@
-# Sourced by demo.sh and test.sh: a virtual environment with the package, at the releases in constraints.txt.
+# Sourced by demo.sh and test.sh: a virtual environment with the package, in $environment or .venv.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-PATH="$PWD/.venv/bin:$PATH"
+environment="$PWD/${environment:-.venv}"
+[ -x "$environment/bin/python" ] || "${PYTHON:-python3}" -m venv "$environment"
+PATH="$environment/bin:$PATH"

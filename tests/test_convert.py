@@ -87,6 +87,28 @@ def test_adopt(source, tmp_path, how):
     assert subprocess.run([sys.executable, "-c", code, target], cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("options", [[], ["--to-single"], ["--text-only"], ["--layers", "0-1", "--verify"]])
+def test_a_tied_model_gets_the_head_that_engines_ask_for(source, tmp_path, sharded, options):
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "tied", max_shard_size="100KB" if sharded else "1GB")
+    assert "lm_head.weight" not in weights(tmp_path / "tied")
+    target = converted(tmp_path / "tied", tmp_path / "target", *options)
+    found = weights(target)
+    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    if (target / "model.safetensors.index.json").exists():  # then the index, not the one file, is what is read
+        index = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index.keys() == found.keys() and not (target / "model.safetensors").exists()
+        assert set(index.values()) == {path.name for path in target.glob("*.safetensors")}
+    auto = AutoModelForCausalLM if "--text-only" in options else AutoModelForImageTextToText
+    again, report = auto.from_pretrained(target, output_loading_info=True)
+    assert not any(report.values()), report
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert convert_checkpoint.main([str(target), "--check"]) == 0
+
+
 def test_a_processor_comes_along_where_none_is_described(copied, tmp_path):
     for name in ("processor_config.json", "chat_template.jinja"):
         (copied / name).unlink()

@@ -1,5 +1,6 @@
 """What the doors refuse, what the checks cost, and properties that hold for any picture and any config."""
 
+import logging
 import struct
 import sys
 import zlib
@@ -16,7 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.debug_utils import DebugUnderflowOverflow
 
-from step3_vl import Step3TextConfig, Step3VLConfig, Step3VLImageProcessor
+import step3_vl.processing_step3
+from step3_vl import (
+    Step3TextConfig,
+    Step3TextForCausalLM,
+    Step3TextModel,
+    Step3VLConfig,
+    Step3VLImageProcessor,
+    Step3VLModel,
+)
 from step3_vl.processing_step3 import plan_picture
 
 
@@ -70,7 +79,6 @@ def test_broken_files_are_refused(processor, tmp_path, content, error, message):
         ({"text": []}, r"none of them empty, got \[\]"),
         ({"text": ["a", None]}, r"got \['a', None\]"),
         ({"text": 5}, "got 5"),
-        ({"text": "a", "videos": [Image.new("RGB", (9, 9))]}, "got `videos`"),
         (
             {"text": "a <im_patch>", "images": Image.new("RGB", (300, 300)), "truncation": True, "max_length": 6},
             "truncation",
@@ -89,6 +97,72 @@ def test_pictures_of_one_pixel_and_of_30000(processor):
     assert inputs["num_patches"].tolist() == [0, 10]
     assert inputs["pixel_values"].isfinite().all()
     assert "pixel_values" not in processor(text="no picture", images=[])
+
+
+def test_videos_and_sound_are_left_aside(processor, monkeypatch):
+    warned = []
+    monkeypatch.setattr(step3_vl.processing_step3.logger, "warning_once", warned.append)
+    expected = processor(text="a", return_tensors="pt")
+    assert processor(text="a", videos=[np.zeros((2, 9, 9, 3), np.uint8)], return_tensors="pt").keys() == expected.keys()
+    assert processor(text="a", audio=[np.zeros(9)], return_tensors="pt")["input_ids"].equal(expected["input_ids"])
+    assert [next(name for name in ("videos", "audio") if name in text) for text in warned] == ["videos", "audio"]
+
+
+def test_image_tokens_without_pictures_are_tokens_like_others(caplog):
+    model = small_model()
+    batch = small_batch(model)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with torch.no_grad():
+            logits = [model(**text).logits for _ in range(2)][1]
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records if "image tokens" in record.message] == [
+        "The text has image tokens, but no pictures are given: their own embeddings are used."
+    ]
+    embeds = model.get_input_embeddings()(text["input_ids"])
+    with torch.no_grad():
+        wanted = model(inputs_embeds=embeds, attention_mask=text["attention_mask"]).logits
+    assert torch.equal(logits, wanted)
+
+
+def test_features_with_leading_dimensions():
+    model = small_model()
+    batch = small_batch(model)
+    pictures = {name: batch.pop(name) for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    with torch.no_grad():
+        expected = model(**batch, **pictures).logits
+        features = torch.cat(model.get_image_features(**pictures).pooler_output)
+        for shape in ((15, 48), (1, 15, 48), (3, 5, 48), (1, 5, 3, 48)):
+            assert_close(model(**batch, image_embeds=features.view(shape)).logits, expected)
+            beams = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
+            wanted = model.generate(**batch, **pictures, **beams)
+            assert torch.equal(model.generate(**batch, image_embeds=features.view(shape), **beams), wanted)
+
+
+@pytest.mark.parametrize("model_class", [Step3TextModel, Step3TextForCausalLM, Step3VLModel, None])
+def test_a_resized_vocabulary_is_the_one_that_is_checked(model_class, tmp_path):
+    model = small_model() if model_class is None else None
+    if model is None:
+        config = small_config() if model_class is Step3VLModel else small_config().text_config
+        model = model_class._from_config(config).eval()
+    if hasattr(model.config, "image_token_id"):
+        with pytest.raises(ValueError, match="vocabulary of 7 would not have `image_token_id` 7 any more"):
+            model.resize_token_embeddings(7)
+    with pytest.raises(ValueError, match="vocabulary of 2 would not have `.*_token_id` [27] any more"):
+        model.resize_token_embeddings(1, pad_to_multiple_of=2)
+    assert model.get_input_embeddings().weight.shape[0] == 97
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path)
+    for each in (model, type(model).from_pretrained(tmp_path)):
+        with torch.no_grad():
+            each(torch.tensor([[11, 99]]))
+            with pytest.raises(ValueError, match="between 0 and 99, got 11 to 100"):
+                each(torch.tensor([[11, 100]]))
+    model.resize_token_embeddings(50)
+    with pytest.raises(ValueError, match="between 0 and 49, got 11 to 50"):
+        model(torch.tensor([[11, 50]]))
 
 
 def test_what_the_model_refuses():

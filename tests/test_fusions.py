@@ -18,6 +18,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from step3_vl import Step3TextForCausalLM, Step3VLModel
 
 
+pytestmark = pytest.mark.releases
+
+
 BOTH = ("step3_qkv", "step3_gate_up")
 
 

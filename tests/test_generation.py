@@ -5,6 +5,9 @@ from PIL import Image
 from transformers import DynamicCache, pipeline
 
 
+pytestmark = pytest.mark.releases
+
+
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
 PICTURE_INPUTS = ("pixel_values", "patch_pixel_values", "num_patches")
 

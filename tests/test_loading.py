@@ -16,6 +16,9 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from step3_vl import Step3TextForCausalLM, Step3VLConfig, Step3VLForConditionalGeneration
 
 
+pytestmark = pytest.mark.releases
+
+
 IDS = torch.arange(24)[None]
 
 

@@ -16,6 +16,9 @@ from transformers import AutoProcessor
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
 
 
+pytestmark = pytest.mark.releases
+
+
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
 
 

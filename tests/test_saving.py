@@ -1,13 +1,14 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import row_alone, small_batch, small_config, small_model
+from conftest import assert_close, row_alone, small_batch, small_config, small_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import step3_vl
 from step3_vl import (
@@ -27,6 +29,9 @@ from step3_vl import (
     Step3VLForConditionalGeneration,
     Step3VLModel,
 )
+
+
+pytestmark = pytest.mark.releases
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -194,6 +199,47 @@ def test_tied_embeddings(tmp_path):
     torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize("level", ["whole", "text", "both", "object", "loading", "later", "later text"])
+def test_what_is_tied_is_known_on_both_levels(tmp_path, level):
+    whole = {"tie_word_embeddings": True} if level in ("whole", "both") else {}
+    text = {"tie_word_embeddings": True} if level in ("text", "both", "object") else {}
+    config = small_config(text=text, **whole)
+    if level == "object":
+        parts = {name: getattr(config, name) for name in ("text_config", "vision_config")}
+        config = Step3VLConfig(**parts, image_token_id=7)
+    elif level == "loading":
+        config.save_pretrained(tmp_path / "untied")
+        config = Step3VLConfig.from_pretrained(tmp_path / "untied", tie_word_embeddings=True)
+    elif level == "later":
+        config.tie_word_embeddings = True
+    elif level == "later text":
+        config.text_config.tie_word_embeddings = True
+    assert config.tie_word_embeddings and config.text_config.tie_word_embeddings
+    model = small_model(config)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] and saved["text_config"]["tie_word_embeddings"]
+    ids = torch.tensor([[11, 12, 13]])
+    text = Step3TextForCausalLM.from_pretrained(tmp_path / "model")
+    assert text.lm_head.weight is text.model.embed_tokens.weight
+    assert_close(text(ids).logits, model(ids).logits)
+    config.tie_word_embeddings = False
+    assert not config.text_config.tie_word_embeddings and not config.to_dict()["text_config"]["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("model_class", [Step3VLForConditionalGeneration, Step3VLModel, Step3TextForCausalLM])
+def test_every_pattern_of_the_conversion_matches_something_that_is_saved(tmp_path, model_class):
+    """As transformers' own models are tested."""
+    config = small_config()
+    model = model_class._from_config(config if "VL" in model_class.__name__ else config.text_config)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    for transform in get_model_conversion_mapping(model, add_legacy=False):
+        for pattern in transform.source_patterns:
+            assert any(re.search(pattern, name) for name in names), pattern
+
+
 def test_auto_classes_of_the_import(random_model_dir):
     for auto_class, expected in {
         AutoModel: Step3VLModel,
@@ -270,7 +316,7 @@ class EngineTextConfig:
         self.__dict__.update(rest)
 
 
-@pytest.mark.parametrize("moe_layers", ["1,2", [1, 2], (2, 1)])
+@pytest.mark.parametrize("moe_layers", ["1,2", [1, 2], (2, 1), "", None])
 def test_saved_configs_read_in_the_serving_engines(moe_layers, tmp_path):
     scaling = {"rope_type": "yarn", "factor": 4.0}
     config = small_config(text={"moe_layers_enum": moe_layers, "rope_theta": 1e4, "rope_scaling": scaling})
@@ -278,6 +324,7 @@ def test_saved_configs_read_in_the_serving_engines(moe_layers, tmp_path):
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["model_type"], saved["text_config"]["model_type"]) == ("step3_vl", "step3_text")
+    assert saved["text_config"]["architectures"] == ["Step3TextForCausalLM"]  # which vLLM makes the text part from
     text = EngineTextConfig(**saved["text_config"])
     assert sorted(text.moe_layers) == [1, 2] and text.rope_theta == 1e4 and text.max_position_embedding == 512
     assert text.rope_scaling["factor"] == 4.0 and text.share_q_dim == 32 and text.num_attention_groups == 1

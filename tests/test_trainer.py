@@ -4,6 +4,9 @@ from conftest import small_batch, small_model
 from transformers import Trainer, TrainingArguments
 
 
+pytestmark = pytest.mark.releases
+
+
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path, shard_size, monkeypatch):
     """`Trainer` saves under the names on disk and hands them to `load_state_dict`."""
