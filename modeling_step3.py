@@ -75,16 +75,17 @@ CACHE_NAME = cache_name()
 FUSE_QKV, FUSE_GATE_UP = REWRITES
 
 
-def _check_values(condition: torch.Tensor, message: Callable[[], str]) -> None:
-    """Raises a `ValueError` unless all of `condition` holds. This waits for the device: not in a decoding step."""
-    if type(condition) is torch.Tensor and condition.device.type != "meta":  # a fake tensor has no values either
-        torch_compilable_check(condition.all(), message)
-
-
-def _check_on_device(condition: torch.Tensor, message: str) -> None:
-    """The same without waiting: a `RuntimeError` on a CPU, and a device-side assertion on a GPU."""
-    if condition.device.type != "meta":
-        torch._assert_async(condition.all(), message)
+def _check(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
+    """
+    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
+    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
+    """
+    if condition.device.type == "meta":
+        return
+    if got is None:
+        torch._assert_async(condition.all(), f"{message}.")
+    elif type(condition) is torch.Tensor:  # a fake tensor has no values
+        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
@@ -121,12 +122,14 @@ def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
             "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, got "
             f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
         )
-    is_in_range = (input_ids >= 0) & (input_ids < vocab_size)
-    text = f"`input_ids` must lie between 0 and {vocab_size - 1}"
-    if input_ids.shape[1] == 1:
-        _check_on_device(is_in_range, f"{text}.")
-    else:
-        _check_values(is_in_range, lambda: f"{text}, got {int(input_ids.min())} to {int(input_ids.max())}.")
+    _check_range("input_ids", input_ids, vocab_size)
+
+
+def _check_range(name: str, values: torch.Tensor, limit: int) -> None:
+    """Of `values` (batch, tokens), which are not waited for if they are a single token's."""
+    message = f"`{name}` must lie between 0 and {limit - 1}"
+    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
+    _check((values >= 0) & (values < limit), message, got)
 
 
 def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
@@ -387,8 +390,8 @@ class Step3TextExperts(nn.Module):
     def check_indices(self, inputs: tuple[torch.Tensor, ...], num_experts: int) -> None:
         """An index beyond the experts is an error; that of a single token comes from the router."""
         if len(inputs) > 1 and inputs[1].shape[0] > 1:
-            message = f"Indices of experts must lie between 0 and {num_experts - 1}."
-            _check_on_device((inputs[1] >= 0) & (inputs[1] < num_experts), message)
+            message = f"Indices of experts must lie between 0 and {num_experts - 1}"
+            _check((inputs[1] >= 0) & (inputs[1] < num_experts), message)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -577,7 +580,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
         """
         _check_embeddings(inputs_embeds, self.config.hidden_size)
         batch_size, num_new, _ = inputs_embeds.shape
-        is_decoding = num_new == 1
         cached, room = 0, None
         if cache is not None:
             if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
@@ -591,17 +593,10 @@ class Step3TextModel(Step3VLPreTrainedModel):
         ):
             if limit is None or limit < 0:
                 continue
-            if isinstance(total, torch.Tensor) and (is_decoding or torch.compiler.is_compiling()):
-                _check_on_device(total <= limit, f"There is no room for another token: {owner} {limit} are taken.")
-            elif isinstance(total, torch.Tensor):
-                _check_values(
-                    total <= limit,
-                    lambda limit=limit, owner=owner: (
-                        f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}."
-                    ),
-                )
+            if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
+                _check(total <= limit, f"There is no room for another token: {owner} {limit} are taken")
             elif total > limit:
-                raise ValueError(f"{cached} cached and {num_new} new tokens are more than {owner} {limit}.")
+                raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
 
         if position_ids is not None:
             limit = self.config.longest_sequence or torch.iinfo(torch.int32).max
@@ -610,15 +605,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
                 raise ValueError(
                     f"`position_ids` must have the shape ({batch_size}, {num_new}) of the tokens, got {shape}."
                 )
-            is_in_range = (position_ids >= 0) & (position_ids < limit)
-            text = f"`position_ids` must lie between 0 and {limit - 1}"
-            if is_decoding:
-                _check_on_device(is_in_range, f"{text}.")
-            else:
-                _check_values(
-                    is_in_range,
-                    lambda: f"{text}, got {int(position_ids.min())} to {int(position_ids.max())}.",
-                )
+            _check_range("position_ids", position_ids, limit)
 
         mask = attention_mask
         if isinstance(mask, dict):
@@ -1097,11 +1084,13 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
-    def warn_of_image_tokens(self, input_ids: torch.LongTensor) -> None:
+    def warn_of_image_tokens(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
         """Once, if there are any in a text without pictures, in whose place nothing is put."""
         if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
             return
-        if (input_ids == self.config.image_token_id).any():
+        # What follows cached tokens may hold an image token that the model itself came up with.
+        is_first = cache is None or int(cache.get_seq_length()) == 0
+        if is_first and (input_ids == self.config.image_token_id).any():
             logger.warning_once("The text has image tokens, but no pictures are given: their own embeddings are used.")
 
     def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
@@ -1191,8 +1180,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
             image_embeds = image_embeds.reshape(-1, width).to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
-        elif input_ids is not None and input_ids.shape[1] > 1 and cache is None:
-            self.warn_of_image_tokens(input_ids)
+        elif input_ids is not None and input_ids.shape[1] > 1:
+            self.warn_of_image_tokens(input_ids, cache)
 
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -1269,6 +1258,23 @@ class Step3LanguageModelHead:
             )
         return model_inputs
 
+    def keep(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
+        _check_tensors(logits_to_keep=positions)
+        if positions.is_floating_point() or not 0 < positions.ndim < 3:
+            raise ValueError(
+                "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
+                f"got {positions.dtype} of shape {tuple(positions.shape)}."
+            )
+        if positions.dtype == torch.bool:
+            return hidden_states[positions] if positions.ndim == 2 else hidden_states[:, positions]
+        length = hidden_states.shape[1]
+        is_within = (positions >= -length) & (positions < length)
+        _check(is_within, f"`logits_to_keep` must lie within the {length} tokens", lambda: str(positions.tolist()))
+        if positions.ndim == 2:
+            return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
+        return hidden_states[:, positions]
+
     def predict(
         self,
         outputs: MoeModelOutputWithPast,
@@ -1278,31 +1284,13 @@ class Step3LanguageModelHead:
         output_router_logits: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """Logits where they are wanted, and the losses that are asked for."""
+        """A model's output but for its pictures: logits where they are wanted, and the losses that are asked for."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
-        if not isinstance(logits_to_keep, int | torch.Tensor):
-            raise TypeError(f"`logits_to_keep` must be a number or a tensor, got {type(logits_to_keep).__name__}.")
-        if not isinstance(logits_to_keep, int):
-            length = hidden_states.shape[1]
-            if logits_to_keep.is_floating_point() or not 0 < logits_to_keep.ndim < 3:
-                raise ValueError(
-                    "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two "
-                    f"dimensions, got {logits_to_keep.dtype} of shape {tuple(logits_to_keep.shape)}."
-                )
-            if logits_to_keep.dtype != torch.bool:
-                _check_values(
-                    (logits_to_keep >= -length) & (logits_to_keep < length),
-                    lambda: f"`logits_to_keep` must lie within the {length} tokens, got {logits_to_keep.tolist()}.",
-                )
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
-            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
         else:
-            hidden_states = (
-                hidden_states[logits_to_keep] if logits_to_keep.ndim == 2 else hidden_states[:, logits_to_keep]
-            )
+            hidden_states = self.keep(hidden_states, logits_to_keep)
         logits = self.lm_head(hidden_states)
 
         loss = None
@@ -1315,7 +1303,7 @@ class Step3LanguageModelHead:
                 )
             vocab_size = text_config.vocab_size
             is_in_range = ((labels >= 0) & (labels < vocab_size)) | (labels == -100)
-            _check_on_device(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}.")
+            _check(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None
@@ -1331,7 +1319,15 @@ class Step3LanguageModelHead:
             )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
-        return {"loss": loss, "aux_loss": aux_loss, "logits": logits}
+        return {
+            "loss": loss,
+            "aux_loss": aux_loss,
+            "logits": logits,
+            CACHE_NAME: getattr(outputs, CACHE_NAME),
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+            "router_logits": outputs.router_logits,
+        }
 
 
 class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
@@ -1390,13 +1386,8 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
             return_dict=True,
             **kwargs,
         )
-        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         return MoeCausalLMOutputWithPast(
-            **prediction,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            **self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         )
 
 
@@ -1443,15 +1434,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         """See [`~Step3VLModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, patch_pixel_values, num_patches, **kwargs)
 
-    def get_placeholder_mask(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
-    ) -> torch.BoolTensor:
-        """See [`~Step3VLModel.get_placeholder_mask`]."""
-        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-
     @can_return_tuple
     def forward(
         self,
@@ -1492,13 +1474,8 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             return_dict=True,
             **kwargs,
         )
-        prediction = self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         return Step3VLCausalLMOutputWithPast(
-            **prediction,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            **self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
         )
 

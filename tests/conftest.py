@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from logging import Handler, getLogger
 from pathlib import Path
 
 
@@ -184,6 +185,19 @@ def dequantised(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             scale = tensors[f"{name}_scale_inv"][..., rows, :][..., columns]
             plain[name] = (weight.float() * scale).to(dtype)
     return plain
+
+
+@pytest.fixture(autouse=True)
+def no_deprecated_names():
+    """Nothing that the package does makes transformers warn that it gives up the cache's older name."""
+    records = []
+    handler = Handler()
+    handler.emit = records.append
+    logger = getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not [text for text in (record.getMessage() for record in records) if "`past_key_values`" in text]
 
 
 @pytest.fixture

@@ -152,21 +152,29 @@ def test_fusing_in_one_thread_leaves_loading_in_another_alone(directory):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         expected = load(directory)(ids).logits
-    wrong = []
+    loaded, right = load(directory), []
 
-    def work(fusions):
+    def is_right(model) -> bool:
+        with torch.no_grad():
+            return torch.allclose(model(ids).logits, expected, atol=1e-3)
+
+    def fuse():
         for _ in range(20):
-            model = load(directory, *fusions)
-            with torch.no_grad():
-                if not torch.allclose(model(ids).logits, expected, atol=1e-3):
-                    wrong.append(fusions)
+            loaded.fuse(*BOTH)
+            right.append(is_right(loaded))
+            loaded.unfuse()
 
-    threads = [threading.Thread(target=work, args=(fusions,)) for fusions in ((), BOTH)]
+    def load_plainly():
+        for _ in range(20):
+            model = load(directory)
+            right.append(is_right(model) and not any(row["rewritten"] for row in model.fusion_report()))
+
+    threads = [threading.Thread(target=work) for work in (fuse, load_plainly)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [True] * 40
 
 
 WITHOUT_THE_PACKAGE = """

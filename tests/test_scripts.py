@@ -105,7 +105,7 @@ def test_the_benchmarks_original_gives_the_same_answers():
     import benchmark
 
     machine = benchmark.Machine(torch.device("cpu"))
-    model = benchmark.make_text_model("tiny", torch.float32, machine, {}, layers=2)
+    model = benchmark.make_text_model("tiny", torch.float32, machine, layers=2)
     original = benchmark.as_original(model)
     ids = torch.arange(10, 40).view(2, 15)
     mask = torch.ones_like(ids)
