@@ -462,7 +462,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     """
 
     model_type = "step3_vl"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
     carried_auto_map = STEP3_VL_AUTO_MAP
     sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
     sub_configs_defaults = sub_configs  # the name since transformers 5.20

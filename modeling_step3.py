@@ -20,6 +20,7 @@ language-model heads with what generation asks of them, and how a model is split
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +46,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -101,6 +102,8 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mappin
     for name, value in (others or {}).items():
         if isinstance(value, Cache):
             raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 
@@ -914,26 +917,33 @@ class Step3VisionModel(Step3VLPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class WithPictures(ModelOutput):
+    """What both outputs with pictures do: as a tuple, the encoder's output is one, too."""
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
 @dataclass
-class Step3VLModelOutputWithPast(MoeModelOutputWithPast):
+class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
     """
     Args:
         image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
             The features of all pictures, one after the other, that took the place of the image tokens.
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            What [`~Step3VLModel.get_image_features`] returned for them; not while compiling.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
-class Step3VLCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
-            The features of all pictures, one after the other, that took the place of the image tokens.
-    """
+class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
+    """Of the pictures, it holds what [`Step3VLModelOutputWithPast`] does."""
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class Step3VLModel(Step3VLPreTrainedModel):
@@ -1167,9 +1177,14 @@ class Step3VLModel(Step3VLPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         _check_embeddings(inputs_embeds, self.config.text_config.hidden_size)
 
-        if pixel_values is not None:
+        if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
             image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
-        elif encoded is not None:
+        elif pixel_values is not None:
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            encoded = self.get_image_features(
+                pixel_values, patch_pixel_values, num_patches, return_dict=True, **recorded
+            )
+        if encoded is not None:
             image_embeds = torch.cat(list(encoded.pooler_output))
         if image_embeds is not None:
             width = inputs_embeds.shape[2]
@@ -1192,7 +1207,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds)
+        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds, image_outputs=encoded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1477,6 +1492,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         return Step3VLCausalLMOutputWithPast(
             **self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
         )
 
     def prepare_inputs_for_generation(
