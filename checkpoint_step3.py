@@ -20,22 +20,27 @@ and rewrites of a loaded model. Nothing here computes anything of the model.
 #
 # | name                                                       | what for                                    | since  |
 # |------------------------------------------------------------|---------------------------------------------|--------|
-# | PreTrainedModel._load_pretrained_model                     | fp8 and experts one by one, while reading   | 5.0    |
+# | PreTrainedModel._load_pretrained_model                     | fp8 and experts one by one, while reading   | ≤ 4.57 |
 # | integrations.finegrained_fp8.FP8Linear, FP8Experts         | fp8 that stays fp8: what is not quantised   | 5.0    |
-# | integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS     | fp8 that stays fp8: the experts' kernel     | 5.12   |
+# | integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS     | fp8 that stays fp8: the experts' kernel     | 5.4    |
 # | conversion_mapping.get_model_conversion_mapping            | `load_state_dict` with names on disk        | 5.0    |
 # | core_model_loading.rename_source_key                       | `load_state_dict` with names on disk        | 5.0    |
 # | integrations.moe.ALL_EXPERTS_FUNCTIONS                     | the experts implementation "step3"          | 5.0    |
 # | integrations.moe.grouped_mm_experts_forward                | the experts implementation "step3"          | 5.0    |
-# | distributed.tensor_parallel.ALL_PARALLEL_STYLES            | tensor parallelism                          | 5.0    |
-# | distributed.tensor_parallel.TensorParallelLayer            | tensor parallelism                          | 5.0    |
-# | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | 4.36   |
-# | GenerationMixin._expand_inputs_for_generation              | beams and several sequences with pictures   | 4.20   |
-# | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | 4.20   |
+# | distributed.tensor_parallel.ALL_PARALLEL_STYLES            | tensor parallelism                          | 5.16   |
+# | distributed.tensor_parallel.TensorParallelLayer            | tensor parallelism                          | 5.16   |
+# | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | ≤ 4.57 |
+# | models.auto.modeling_auto.MODEL_FOR_*_MAPPING_NAMES        | label smoothing, `transformers serve`       | 5.0    |
+# | GenerationMixin._expand_inputs_for_generation              | beams and several sequences with pictures   | ≤ 4.57 |
+# | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | ≤ 4.57 |
 
+import functools
 import importlib
+import inspect
+import math
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -45,9 +50,16 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_step3 import cache_name
+
+
+CACHE_NAME = cache_name()
 
 
 def find(module: str, name: str) -> Any | None:
@@ -77,6 +89,109 @@ def lacking(name: str, feature: str) -> ImportError:
         f"{feature} needs `transformers.{name}`, which transformers {transformers.__version__} lacks: use a release "
         "that this model was tested with, or do without it."
     )
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
+    """
+    The cache that came under its name or its older one, `past_key_values`.
+
+    Raises:
+        `ValueError`: if it came under both.
+        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
+    for name, value in (others or {}).items():
+        if isinstance(value, Cache):
+            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
+
+
+@functools.cache
+def parameters_of(function: Callable) -> set[str]:
+    """The names of a function's parameters."""
+    return set(inspect.signature(function).parameters)
+
+
+class Step3GenerationInputs:
+    """Mixin of the models that generate: what `generate` passes on comes by the names that the models know, or not at
+    all."""
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """
+        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it.
+
+        Raises:
+            `ImportError`: if sequences with pictures are to be repeated, and this release lacks what that takes.
+        """
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        if not hasattr(GenerationMixin, "_expand_inputs_for_generation") and self.has_pictures(kwargs):
+            settings = [kwargs, vars(kwargs.get("generation_config") or self.generation_config)]
+            counts = [part.get(name) or 1 for part in settings for name in ("num_beams", "num_return_sequences")]
+            if max(counts) > 1:
+                feature = "Several sequences or beams of a text with pictures"
+                raise lacking("GenerationMixin._expand_inputs_for_generation", feature)
+        return super().generate(inputs, **kwargs)
+
+    @staticmethod
+    def has_pictures(model_inputs: Mapping) -> bool:
+        """Whether there are any among a model's arguments, in whichever form."""
+        names = ("pixel_values", "image_embeds")
+        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> dict:
+        """
+        As for any model.
+
+        Raises:
+            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
+        """
+        arguments = {
+            "next_sequence_length": next_sequence_length,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "is_first_iteration": is_first_iteration,
+            CACHE_NAME: one_cache(cache, past_key_values, kwargs),
+        }
+        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
+            raise TypeError(
+                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
+                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
+            )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
+        strangers = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
+        strangers -= parameters_of(type(self).forward)
+        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
+        if strangers and missing:
+            raise TypeError(
+                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to a model that has no "
+                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
+            )
+        return model_inputs
+
+
+# Trainer and `transformers serve` ask for classes by their names in these, which registering with the Auto classes does
+# not fill.
+for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    _names = find("models.auto.modeling_auto", f"MODEL_FOR_{_task}_MAPPING_NAMES")
+    if _names is not None:
+        _names["step3_vl"] = "Step3VLForConditionalGeneration"
+        if _task == "CAUSAL_LM":
+            _names["step3_text"] = "Step3TextForCausalLM"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,6 +414,22 @@ class Step3Checkpoint:
             if has_single_experts:
                 weights = stack_experts(weights, model.config.get_text_config().moe_num_experts)
             return load(weights, None, load_config)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Embedding:
+        """
+        As for any model.
+
+        Raises:
+            `ValueError`: if a token that the config names would no longer be in the vocabulary.
+        """
+        if new_num_tokens is not None:
+            vocab_size = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            for name, config in (("image_token_id", self.config), ("pad_token_id", self.config.get_text_config())):
+                if (token := getattr(config, name, None)) is not None and token >= vocab_size:
+                    raise ValueError(f"A vocabulary of {vocab_size} would not have `{name}` {token} any more.")
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""

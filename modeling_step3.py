@@ -17,17 +17,13 @@ Read from top to bottom, in the order data flows: the text decoder, the vision e
 language-model heads with what generation asks of them, and how a model is split over ranks.
 """
 
-import functools
-import inspect
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
@@ -51,12 +47,22 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_step3 import REWRITES, Rewritable, Step3Checkpoint, Step3Rewritable, find, lacking, need
+from .checkpoint_step3 import (
+    CACHE_NAME,
+    REWRITES,
+    Rewritable,
+    Step3Checkpoint,
+    Step3GenerationInputs,
+    Step3Rewritable,
+    find,
+    lacking,
+    need,
+    one_cache,
+)
 from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
     Step3VLConfig,
-    cache_name,
     gathers_uneven_outputs,
     num_image_tokens,
 )
@@ -72,7 +78,6 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
 
 logger = logging.get_logger(__name__)
 
-CACHE_NAME = cache_name()
 FUSE_QKV, FUSE_GATE_UP = REWRITES
 
 
@@ -87,30 +92,6 @@ def _check(condition: torch.Tensor, message: str, got: Callable[[], str] | None 
         torch._assert_async(condition.all(), f"{message}.")
     elif type(condition) is torch.Tensor:  # a fake tensor has no values
         torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
-    """
-    The cache that came under its name or its older one, `past_key_values`.
-
-    Raises:
-        `ValueError`: if it came under both.
-        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
-    for name, value in (others or {}).items():
-        if isinstance(value, Cache):
-            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
-    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
-    return past_key_values if cache is None else cache
-
-
-@functools.cache
-def parameters_of(function: Callable) -> set[str]:
-    """The names of a function's parameters."""
-    return set(inspect.signature(function).parameters)
 
 
 def _check_tensors(**arguments) -> None:
@@ -191,14 +172,9 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Attention written out, of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads,
-    keys, head_dim), with an additive `attention_mask` that broadcasts to (batch, heads, queries, keys).
-
-    The query heads that share a key/value head become rows of one product, so that no head is copied for each of them.
-    Returns the output (batch, queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). The
-    softmax is taken in float32 at least.
-
-    Raises:
-        `ValueError`: if the shapes do not go together.
+    keys, head_dim), with an additive mask. Query heads that share a key/value head become rows of one product, so that
+    no head is copied for each of them; the softmax is taken in float32 at least. Returns the output (batch, queries,
+    heads, head_dim) and the probabilities (batch, heads, queries, keys).
     """
     _check_attention_shapes(query, key, value)
     batch_size, num_heads, num_queries, head_dim = query.shape
@@ -219,9 +195,8 @@ def eager_attention_forward(
 
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
-    Wraps transformers' SDPA attention for key/value heads that query heads share, which SDPA does not take as they are.
-    A single query token attends with the query heads of a key/value head as its rows; longer queries see the one
-    key/value head through a view. So nothing is copied per query head, also where the decoding step is compiled.
+    Wraps transformers' SDPA attention, which does not take shared key/value heads as they are. A single query token
+    attends with the query heads of a key/value head as its rows, longer queries through a view: nothing is copied.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
@@ -515,22 +490,6 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
         elif isinstance(module, Step3VisionEmbeddings):
             init.normal_(module.class_embedding, mean=0.0, std=std)
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
-    ) -> nn.Embedding:
-        """
-        As for any model.
-
-        Raises:
-            `ValueError`: if a token that the config names would no longer be in the vocabulary.
-        """
-        if new_num_tokens is not None:
-            vocab_size = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            for name, config in (("image_token_id", self.config), ("pad_token_id", self.config.get_text_config())):
-                if (token := getattr(config, name, None)) is not None and token >= vocab_size:
-                    raise ValueError(f"A vocabulary of {vocab_size} would not have `{name}` {token} any more.")
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         implementation = super().get_correct_experts_implementation(requested_experts)
         text_config = self.config.get_text_config()
@@ -574,12 +533,9 @@ class Step3TextModel(Step3VLPreTrainedModel):
         cache: Cache | None = None,
     ) -> None:
         """
-        Checks everything before the cache is written to. Values are looked at for several tokens; for a single one
-        shapes and lengths are, and what is on the device is asserted there.
-
-        Raises:
-            `ValueError`: if an argument's shape does not fit the others or the model, or there are more tokens than the
-            cache or the positions allow.
+        Raises a `ValueError` before the cache is written to if an argument's shape does not fit the others or the
+        model, or there are more tokens than the cache or the positions allow. A single token's values are not waited
+        for.
         """
         _check_embeddings(inputs_embeds, self.config.hidden_size)
         batch_size, num_new, _ = inputs_embeds.shape
@@ -646,10 +602,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         return mask
 
     def check_cache(self, cache: Cache, batch_size: int) -> None:
-        """
-        Raises:
-            `ValueError`: if the cache holds keys of another model or another batch.
-        """
+        """Raises a `ValueError` if the cache holds keys of another model or another batch."""
         filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
         filled = [layer for layer in filled if layer.keys.ndim == 4]
         num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
@@ -874,10 +827,7 @@ class Step3VisionModel(Step3VLPreTrainedModel):
         return self.embeddings.patch_embedding
 
     def check_pictures(self, pixel_values: torch.Tensor) -> None:
-        """
-        Raises:
-            `ValueError`: if `pixel_values` has another number of dimensions or channels, or sides that do not fit.
-        """
+        """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
         _check_tensors(pixel_values=pixel_values)
         num_channels, patch_size = self.config.num_channels, self.config.patch_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
@@ -1215,7 +1165,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Step3LanguageModelHead:
+class Step3LanguageModelHead(Step3GenerationInputs):
     """What [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`] do with the hidden states they get."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -1227,51 +1177,6 @@ class Step3LanguageModelHead:
         # tied one is split with the embedding.
         if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
-
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
-        """As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it."""
-        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        return super().generate(inputs, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> dict:
-        """
-        As for any model.
-
-        Raises:
-            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
-        """
-        arguments = {
-            "next_sequence_length": next_sequence_length,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "is_first_iteration": is_first_iteration,
-            CACHE_NAME: one_cache(cache, past_key_values, kwargs),
-        }
-        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
-            raise TypeError(
-                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
-                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
-            )
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
-        strangers = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
-        strangers -= parameters_of(type(self).forward)
-        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
-        if strangers and missing:
-            raise TypeError(
-                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to a model that has no "
-                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
-            )
-        return model_inputs
 
     def keep(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
@@ -1407,27 +1312,7 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
 
 
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
-    """
-    The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs.
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    >>> processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-    >>> model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
-    >>> content = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]
-    >>> inputs = processor.apply_chat_template(
-    ...     [{"role": "user", "content": content}],
-    ...     add_generation_prompt=True,
-    ...     tokenize=True,
-    ...     return_dict=True,
-    ...     return_tensors="pt",
-    ... )
-    >>> output = model.generate(**inputs, max_new_tokens=50)
-    ```
-    """
+    """The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs."""
 
     config_class = Step3VLConfig
     _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
@@ -1509,7 +1394,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
         those whose tokens it holds."""
         cache = one_cache(cache, past_key_values, kwargs)
-        has_pictures = self._has_pictures(kwargs)
+        has_pictures = self.has_pictures(kwargs)
         if not has_pictures:  # counts of pictures that the cache holds may be left over
             kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
         num_new = next_sequence_length or input_ids.shape[1]
@@ -1541,23 +1426,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
                     model_inputs["image_embeds"] = image_features
         return model_inputs
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
-        """
-        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it.
-
-        Raises:
-            `ImportError`: if sequences with pictures are to be repeated, and this release lacks what that takes.
-        """
-        if self._has_pictures(kwargs) and not hasattr(GenerationMixin, "_expand_inputs_for_generation"):
-            settings = [kwargs, vars(kwargs.get("generation_config") or self.generation_config)]
-            counts = [part.get(name) or 1 for part in settings for name in ("num_beams", "num_return_sequences")]
-            if max(counts) > 1:
-                raise lacking(
-                    "GenerationMixin._expand_inputs_for_generation",
-                    "Several sequences or beams of a text with pictures",
-                )
-        return super().generate(inputs, **kwargs)
-
     def _expand_inputs_for_generation(
         self,
         expand_size: int = 1,
@@ -1579,11 +1447,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         if image_features is not None:
             model_kwargs["image_embeds"] = torch.cat([row for row in rows for _ in range(expand_size)])
         return input_ids, model_kwargs
-
-    @staticmethod
-    def _has_pictures(model_inputs: dict) -> bool:
-        names = ("pixel_values", "image_embeds")
-        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
 
     def _pop_image_features(self, model_inputs: dict) -> torch.Tensor | None:
         """Takes the pictures, in whichever form they are, out of `model_inputs`: their features (rows, hidden_size)."""

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, assert_close, cache_of, small_batch, small_model
 from safetensors.torch import load_file
 from test_saving import assert_same_tensors
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from step3_vl import Step3TextForCausalLM, Step3VLModel
@@ -107,6 +109,20 @@ def test_a_fused_model_is_trained_as_a_plain_one(directory):
         optimizer.step()
     for expected, actual in zip(plain.state_dict().values(), fused.state_dict().values(), strict=True):
         assert_close(actual, expected)
+
+
+def test_a_fused_model_in_data_parallel_has_the_plain_gradients(directory):
+    plain, fused = (load(directory, *fusions) for fusions in ((), BOTH))
+    batch = small_batch(plain)
+    plain(**batch, labels=batch["input_ids"]).loss.backward()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(fused)(**batch, labels=batch["input_ids"]).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    fused.unfuse()
+    for (name, expected), (_, actual) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_adapter_on_a_fused_layer_sees_the_plain_one(directory):

@@ -3,8 +3,29 @@ import torch
 from conftest import small_batch, small_model
 from transformers import Trainer, TrainingArguments
 
+from step3_vl import Step3TextForCausalLM
+
 
 pytestmark = pytest.mark.releases
+
+
+@pytest.mark.parametrize("part", ["whole", "text"])
+def test_label_smoothing_goes_over_into_none(tmp_path, part):
+    """It has a loss of its own, which must know that labels are the next tokens."""
+    model = small_model()
+    batch = small_batch(model)
+    if part == "text":
+        model = Step3TextForCausalLM._from_config(model.config.text_config).eval()
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    losses = []
+    for factor in (0.0, 1e-9):
+        arguments = TrainingArguments(
+            tmp_path, label_smoothing_factor=factor, per_device_eval_batch_size=3, report_to=[], use_cpu=True
+        )
+        trainer = Trainer(model, arguments, data_collator=lambda samples: dict(batch))
+        losses.append(trainer.evaluate([0, 1, 2])["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
