@@ -31,7 +31,6 @@ and rewrites of a loaded model. Nothing here computes anything of the model.
 # | distributed.tensor_parallel.TensorParallelLayer            | tensor parallelism                          | 5.16   |
 # | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | ≤ 4.57 |
 # | models.auto.modeling_auto.MODEL_FOR_*_MAPPING_NAMES        | label smoothing, `transformers serve`       | 5.0    |
-# | GenerationMixin._expand_inputs_for_generation              | beams and several sequences with pictures   | ≤ 4.57 |
 # | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | ≤ 4.57 |
 
 import functools
@@ -120,28 +119,9 @@ class Step3GenerationInputs:
     all."""
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs):
-        """
-        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it.
-
-        Raises:
-            `ImportError`: if sequences with pictures are to be repeated, and this release lacks what that takes.
-        """
+        """As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it."""
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
-        if not hasattr(GenerationMixin, "_expand_inputs_for_generation") and self.has_pictures(kwargs):
-            settings = [kwargs, vars(kwargs.get("generation_config") or self.generation_config)]
-            counts = [part.get(name) or 1 for part in settings for name in ("num_beams", "num_return_sequences")]
-            if max(counts) > 1:
-                feature = "Several sequences or beams of a text with pictures"
-                raise lacking("GenerationMixin._expand_inputs_for_generation", feature)
-        return super().generate(inputs, **kwargs)
-
-    @staticmethod
-    def has_pictures(model_inputs: Mapping) -> bool:
-        """Whether there are any among a model's arguments, in whichever form."""
-        names = ("pixel_values", "image_embeds")
-        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
+        return super().generate(inputs, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
 
     def prepare_inputs_for_generation(
         self,

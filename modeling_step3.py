@@ -1380,90 +1380,94 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_outputs=outputs.image_outputs,
         )
 
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+        """
+        As for any model. Pictures are encoded once and put in their places among the prompt's embeddings, which are
+        then repeated, cut into chunks and continued row by row, as its tokens are.
+        """
+        for name in ("prompt_embeds", "prompt_start"):  # of the model that this one assists
+            kwargs.pop(name, None)
+        prompt = self.embed_prompt(inputs, kwargs) if self.has_pictures(kwargs) else {}
+        if kwargs.get("assistant_model") is None:  # which sees the pictures for itself
+            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
+        return super().generate(inputs, **kwargs, **prompt)
+
+    @staticmethod
+    def has_pictures(model_inputs: dict) -> bool:
+        """Whether there are any among a model's arguments, in whichever form; counts alone may be left over."""
+        names = ("pixel_values", "image_embeds")
+        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
+
+    def embed_prompt(self, input_ids: torch.LongTensor | None, model_inputs: dict) -> dict[str, torch.Tensor | int]:
+        """
+        The embeddings of a prompt with its pictures, `prompt_embeds` (batch, tokens, hidden_size), and the position
+        that they start from, `prompt_start`; or `inputs_embeds` for one that was given so.
+
+        Raises:
+            `ValueError`: if the pictures do not fit the prompt's image tokens, or those that no cache holds yet.
+        """
+        input_ids = model_inputs.get("input_ids") if input_ids is None else input_ids
+        given, attention_mask = model_inputs.pop("inputs_embeds", None), model_inputs.get("attention_mask")
+        if given is None:
+            _check_tensors(input_ids=input_ids)
+            _check_token_ids(input_ids, self.config.text_config.vocab_size)
+        embeds = self.get_input_embeddings()(input_ids) if given is None else given
+        mask = self.model.get_image_token_mask(input_ids if given is None else None, given)
+        start = attention_mask.shape[1] - mask.shape[1] if isinstance(attention_mask, torch.Tensor) else 0
+        cache = one_cache(model_inputs.get("cache"), model_inputs.get("past_key_values"))
+        cached = 0 if cache is None else max(int(cache.get_seq_length()) - start, 0)
+        if cached == 0 or mask[:, cached:].any():
+            if model_inputs.get("pixel_values") is not None:
+                pictures = (model_inputs.get(name) for name in self._picture_inputs[:3])
+                features, _ = self.model.encode_pictures(*pictures)
+            elif model_inputs.get("image_embeds") is not None:
+                features = model_inputs["image_embeds"].flatten(0, -2)
+            else:
+                features = torch.cat(list(model_inputs["mm_encoder_outputs"]["image"].pooler_output))
+            if features.shape[0] == mask[:, cached:].sum():  # those of the new tokens alone
+                mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= cached)
+            self.model.check_image_tokens(mask, features)
+            embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), features.to(embeds.device, embeds.dtype))
+        return {"prompt_embeds": embeds, "prompt_start": start} if given is None else {"inputs_embeds": embeds}
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_start: int = 0,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> dict:
-        """Pictures go in with their image tokens, once: later steps leave them out, and so does a continued cache with
-        those whose tokens it holds."""
+        """As for any model; tokens of the prompt go in as `embed_prompt` made them. Outside `generate`, pictures go in
+        once, with the first tokens."""
         cache = one_cache(cache, past_key_values, kwargs)
-        has_pictures = self.has_pictures(kwargs)
-        if not has_pictures:  # counts of pictures that the cache holds may be left over
+        if prompt_embeds is not None or (not is_first_iteration and kwargs.get("use_cache", True)):
             kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
-        num_new = next_sequence_length or input_ids.shape[1]
-        if has_pictures and cache is not None and inputs_embeds is None and num_new > 1:
-            # What an assistant model begins with is not called its first iteration.
-            is_first_iteration = is_first_iteration or int(cache.get_seq_length()) == 0
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            next_sequence_length=next_sequence_length,
             cache=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in self._picture_inputs:
-                model_inputs.pop(name, None)
-        elif has_pictures and next_sequence_length:
-            ids = input_ids if inputs_embeds is None else None
-            image_token_mask = self.model.get_image_token_mask(ids, inputs_embeds)
-            cached = image_token_mask[:, :-num_new].sum(-1).tolist()
-            if any(cached):
-                image_features = self._pop_image_features(model_inputs)
-                if image_features.shape[0] != image_token_mask[:, -num_new:].sum():  # not the new tokens' alone
-                    rows = self._split_by_row(image_features, image_token_mask)
-                    image_features = torch.cat([row[skip:] for row, skip in zip(rows, cached, strict=True)])
-                if image_features.shape[0]:
-                    model_inputs["image_embeds"] = image_features
+        if prompt_embeds is not None:
+            input_ids = model_inputs["input_ids"]
+            num_new, length = input_ids.shape[1], prompt_embeds.shape[1]
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                start = attention_mask.shape[1] - num_new - prompt_start
+            else:
+                start = 0 if cache is None else int(cache.get_seq_length()) - prompt_start
+            if start < length:
+                prompt = prompt_embeds[:, start : start + num_new]
+                others = self.get_input_embeddings()(input_ids[:, prompt.shape[1] :])
+                model_inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, others], 1)}
         return model_inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict]:
-        """Repeats each row `expand_size` times, with the features of its own pictures, which are encoded once."""
-        image_features = self._pop_image_features(model_kwargs) if expand_size > 1 else None
-        if image_features is not None:
-            inputs_embeds = model_kwargs.get("inputs_embeds")
-            image_token_mask = self.model.get_image_token_mask(
-                input_ids if inputs_embeds is None else None, inputs_embeds
-            )
-            rows = self._split_by_row(image_features, image_token_mask)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if image_features is not None:
-            model_kwargs["image_embeds"] = torch.cat([row for row in rows for _ in range(expand_size)])
-        return input_ids, model_kwargs
-
-    def _pop_image_features(self, model_inputs: dict) -> torch.Tensor | None:
-        """Takes the pictures, in whichever form they are, out of `model_inputs`: their features (rows, hidden_size)."""
-        pixel_values, patches, num_patches, image_embeds, encoded = (
-            model_inputs.pop(name, None) for name in self._picture_inputs
-        )
-        if pixel_values is not None:
-            image_embeds, _ = self.model.encode_pictures(pixel_values, patches, num_patches)
-        elif encoded:
-            image_embeds = torch.cat(list(encoded["image"].pooler_output))
-        return None if image_embeds is None else image_embeds.flatten(0, -2)
-
-    def _split_by_row(
-        self, image_features: torch.Tensor, image_token_mask: torch.BoolTensor
-    ) -> tuple[torch.Tensor, ...]:
-        self.model.check_image_tokens(image_token_mask, image_features)
-        return image_features.split(image_token_mask.sum(-1).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

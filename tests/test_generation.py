@@ -1,8 +1,10 @@
+import inspect
+
 import pytest
 import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
 from PIL import Image
-from transformers import DynamicCache, pipeline
+from transformers import DynamicCache, GenerationMixin, pipeline
 
 
 pytestmark = pytest.mark.releases
@@ -139,3 +141,36 @@ def test_the_pipeline_answers_as_generate_does(random_model_dir, processor):
     )
     output = answer.model.generate(**inputs, **GREEDY)
     assert text == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize("chunk", [1, 4, 7])
+def test_a_prompt_with_pictures_in_chunks(model, batch, chunk, options):
+    expected = model.generate(**batch, **GREEDY, **options)
+    assert torch.equal(model.generate(**batch, **GREEDY, **options, prefill_chunk_size=chunk), expected)
+
+
+@pytest.mark.skipif(
+    "past_length = 0\n" in inspect.getsource(GenerationMixin._prefill), reason="chunks forget what the cache holds here"
+)
+@pytest.mark.parametrize("form", ["all pictures", "new pictures", "new tokens"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_a_second_turn_with_pictures_in_chunks(model, form, options):
+    batch = small_batch(model)
+    first, second = row_alone(batch, 1), row_alone(batch, 2)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    pictures = {name: torch.cat([first[name], second[name]]) for name in PICTURE_INPUTS}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(**inputs, **pictures, **GREEDY, **options)[:, ids.shape[1] :]
+    repeats = options.get("num_beams", 1)
+    for chunk in (None, 3, 8):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(**first, cache=cache)
+        cache.batch_repeat_interleave(repeats)
+        if form != "all pictures":
+            pictures = {name: second[name] for name in PICTURE_INPUTS}
+        if form == "new tokens":
+            inputs["input_ids"] = second["input_ids"]
+        output = model.generate(**inputs, **pictures, **GREEDY, **options, cache=cache, prefill_chunk_size=chunk)
+        assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected)

@@ -217,15 +217,7 @@ def test_a_private_name_that_is_gone_costs_its_feature_alone(names, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_methods_that_are_gone_cost_their_feature_alone(model, batch, monkeypatch):
-    expected = model.generate(**batch, **GREEDY)
-    expand = GenerationMixin._expand_inputs_for_generation
-    monkeypatch.delattr(GenerationMixin, "_expand_inputs_for_generation")
-    monkeypatch.setattr(GenerationMixin, "expand_inputs", expand, raising=False)
-    with pytest.raises(ImportError, match="GenerationMixin._expand_inputs_for_generation`, which transformers"):
-        model.generate(**batch, num_beams=2)
-    monkeypatch.undo()
-    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+def test_quantised_weights_are_not_read_where_the_method_for_it_is_gone(monkeypatch):
     monkeypatch.delattr(PreTrainedModel, "_load_pretrained_model")
     small_model()
     config = small_config()
