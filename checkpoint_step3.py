@@ -54,9 +54,12 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_step3 import cache_name
 
+
+logger = logging.get_logger(__name__)
 
 CACHE_NAME = cache_name()
 
@@ -118,10 +121,44 @@ class Step3GenerationInputs:
     """Mixin of the models that generate: what `generate` passes on comes by the names that the models know, or not at
     all."""
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
-        """As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it."""
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """
+        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it. No more
+        tokens are generated than there are positions for.
+
+        Raises:
+            `ValueError`: if the prompt leaves no position for a single one.
+        """
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        return super().generate(inputs, **kwargs, **({} if cache is None else {CACHE_NAME: cache}))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        generation_config, kwargs = self.within_positions(inputs, generation_config, kwargs)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    def within_positions(self, inputs, generation_config, kwargs: dict) -> tuple:
+        """`generation_config` and `kwargs` for a request that ends, at the latest, with the model's last position."""
+        limit = self.config.get_text_config().longest_sequence
+        names = ("attention_mask", "inputs_embeds", "input_ids")
+        given = [kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)]
+        given = given or ([inputs] if isinstance(inputs, torch.Tensor) else [])
+        if limit is None or not given or given[0].ndim < 2:
+            return generation_config, kwargs
+        length = given[0].shape[1]
+        settings = generation_config or self.generation_config
+        wanted = kwargs.get("max_new_tokens", settings.max_new_tokens)
+        if wanted is None:
+            # 20 is what transformers generates if nothing is said.
+            wanted = (kwargs.get("max_length", settings.max_length) or length + 20) - length
+        if length >= limit:
+            raise ValueError(f"The prompt has {length} tokens, which leaves none of the model's {limit} positions.")
+        if wanted <= limit - length:
+            return generation_config, kwargs
+        logger.warning_once(f"At most {limit - length} tokens are generated: there are no positions for {wanted}.")
+        if generation_config is None:
+            return None, {**kwargs, "max_new_tokens": limit - length}
+        generation_config = deepcopy(generation_config)
+        generation_config.max_new_tokens = limit - length
+        return generation_config, {name: value for name, value in kwargs.items() if name != "max_new_tokens"}
 
     def prepare_inputs_for_generation(
         self,

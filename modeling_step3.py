@@ -29,7 +29,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -1311,6 +1311,10 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
         )
 
 
+class NoImageTokens(SuppressTokensLogitsProcessor):
+    """A class of its own, since one of transformers' own would take the place of a request's `suppress_tokens`."""
+
+
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
     """The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs."""
 
@@ -1381,17 +1385,19 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         )
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """
         As for any model. Pictures are encoded once and put in their places among the prompt's embeddings, which are
-        then repeated, cut into chunks and continued row by row, as its tokens are.
+        then repeated, cut into chunks and continued row by row, as its tokens are. No image token is generated.
         """
         for name in ("prompt_embeds", "prompt_start"):  # of the model that this one assists
             kwargs.pop(name, None)
         prompt = self.embed_prompt(inputs, kwargs) if self.has_pictures(kwargs) else {}
         if kwargs.get("assistant_model") is None:  # which sees the pictures for itself
             kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
-        return super().generate(inputs, **kwargs, **prompt)
+        logits_processor = [*(logits_processor or []), NoImageTokens([self.config.image_token_id], self.device)]
+        logits_processor = LogitsProcessorList(logits_processor)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs, **prompt)
 
     @staticmethod
     def has_pictures(model_inputs: dict) -> bool:

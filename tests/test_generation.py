@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
 from PIL import Image
-from transformers import DynamicCache, GenerationMixin, pipeline
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, pipeline
 
 
 pytestmark = pytest.mark.releases
@@ -174,3 +174,39 @@ def test_a_second_turn_with_pictures_in_chunks(model, form, options):
             inputs["input_ids"] = second["input_ids"]
         output = model.generate(**inputs, **pictures, **GREEDY, **options, cache=cache, prefill_chunk_size=chunk)
         assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 10])
+def test_prompt_lookup_proposes_no_image_tokens(model, batch, tokens):
+    for row in (1, 2):
+        inputs = row_alone(batch, row)
+        expected = model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=tokens), expected)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 1}, {"num_beams": 2}])
+def test_no_image_token_is_generated(model, batch, options):
+    """Not even where it is the most probable one; a request's own tokens are suppressed beside it."""
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE_TOKEN] = 100 * model.lm_head.weight[31]
+        model.lm_head.weight[8] = 100 * model.lm_head.weight[31]
+    inputs = row_alone(batch, 2)
+    output = model.generate(**inputs, max_new_tokens=5, suppress_tokens=[8], **options)[0, -5:]
+    assert not set(output.tolist()) & {IMAGE_TOKEN, 8}
+    other = model.generate(inputs["input_ids"], GenerationConfig(max_new_tokens=5), num_beams=1, do_sample=False)
+    assert IMAGE_TOKEN not in other[0, -5:]
+
+
+def test_what_is_generated_ends_with_the_last_position(batch):
+    model = small_model(small_config(text={"max_position_embedding": 20}))
+    inputs = row_alone(batch, 2)
+    length = inputs["input_ids"].shape[1]
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=20 - length, min_new_tokens=20 - length)
+    assert expected.shape[1] == 20
+    for options in ({"max_new_tokens": 50}, {"max_length": 60}, {"max_new_tokens": 50, "prompt_lookup_num_tokens": 3}):
+        assert torch.equal(model.generate(**inputs, do_sample=False, min_new_tokens=20 - length, **options), expected)
+    config = GenerationConfig(do_sample=False, max_new_tokens=50, min_new_tokens=20 - length)
+    assert torch.equal(model.generate(**inputs, generation_config=config), expected)
+    assert config.max_new_tokens == 50
+    with pytest.raises(ValueError, match="prompt has 20 tokens, which leaves none of the model's 20 positions"):
+        model.generate(expected)
