@@ -16,6 +16,7 @@
 import base64
 import math
 import os
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -52,6 +53,18 @@ MAX_WHOLE_RATIO = 1.5
 MAX_WINDOW_RATIO = 4
 # A side that reaches further than this share of a window past the last whole one gets another window.
 MAX_REST = 0.2
+
+# What a resized picture's floats may reach past the ends of their range, as a share of it; and the least that the
+# brightest pixel of a picture from [0, 255] must have, since darker ones could be from [0, 1].
+OVERSHOOT, AMBIGUOUS = 0.1, 2
+
+# In a picture's `info`: its 8 bits stand for [0, 1], and nothing will rescale them.
+UNIT_RANGE = "step3_unit_range"
+
+# What PIL raises for metadata that are not what they should be.
+UNREADABLE_METADATA = (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, struct.error)
+
+PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
 
 # Beyond any model; what is made of a picture stays below a gigabyte.
 MAX_SIDE = 4096
@@ -168,13 +181,51 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
     return PicturePlan(padded_size, view_size, cut_size, window, rows, columns)
 
 
-def to_8_bit(pixels: np.ndarray) -> np.ndarray:
+def upright(image: Image.Image) -> Image.Image:
     """
-    Brings pixel values to `uint8`: integers up to 255 as they are, 16-bit integers by their upper byte, floats from
-    [0, 1], or from [0, 255] if any is above 1.
+    The picture as its metadata turns it, or as it is where they cannot be read.
 
     Raises:
-        `ValueError`: if a value is negative, too large or not a real number.
+        `OSError`: if the picture itself cannot be read.
+    """
+    try:
+        image.load()
+    except SyntaxError as error:  # what PIL raises for a broken chunk
+        raise OSError(f"The picture cannot be read: {error}.") from None
+    try:
+        # Turned only if need be, as it is copied.
+        is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if is_upright else ImageOps.exif_transpose(image)
+    except UNREADABLE_METADATA:
+        return image
+
+
+def is_unit_range(pixels: np.ndarray) -> bool:
+    """
+    Whether floats are from [0, 1] rather than from [0, 255]. A resized picture may overshoot its range by a tenth.
+
+    Raises:
+        `ValueError`: if they fit neither, or could be either.
+    """
+    lowest, highest = pixels.min(), pixels.max()
+    if -OVERSHOOT <= lowest and highest <= 1 + OVERSHOOT:
+        return True
+    if 255 * -OVERSHOOT <= lowest and AMBIGUOUS <= highest <= 255 * (1 + OVERSHOOT):
+        return False
+    raise ValueError(
+        "Pixel values must lie in [0, 1] or [0, 255] as floats, or in [0, 255] as integers ([0, 65535] as uint16), got "
+        f"{pixels.dtype} values from {lowest} to {highest}. `do_rescale=False` says that floats are from [0, 1]; uint8 "
+        "is never in doubt."
+    )
+
+
+def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
+    """
+    Brings pixel values to `uint8`: integers up to 255 as they are, 16-bit integers by their upper byte, floats from
+    [0, 1] (if `is_unit` says so, or their values) or [0, 255], with what overshoots clipped.
+
+    Raises:
+        `ValueError`: if a value lies far outside these, or is not a real number.
     """
     if pixels.dtype.kind not in "biuf":
         raise ValueError(f"Pixel values must be real numbers, got {pixels.dtype}.")
@@ -182,16 +233,18 @@ def to_8_bit(pixels: np.ndarray) -> np.ndarray:
         return pixels.astype(np.uint8)
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
-    lowest, highest = pixels.min(), pixels.max()
-    is_float = np.issubdtype(pixels.dtype, np.floating)
-    if not 0 <= lowest <= highest <= (255 if is_float else 65535):
+    if pixels.dtype == np.uint16:
+        return (pixels >> 8).astype(np.uint8)
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("Pixel values must lie in [0, 1] or [0, 255] as floats, got NaN or infinite ones.")
+    if pixels.dtype.kind == "f" and (is_unit or is_unit_range(pixels)):
+        return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
+    if pixels.dtype.kind != "f" and not 0 <= pixels.min() <= pixels.max() <= 255:
         raise ValueError(
-            "Pixel values must lie in [0, 1] or [0, 255] as floats, or in [0, 255] or [0, 65535] as integers, got "
-            f"{pixels.dtype} values from {lowest} to {highest}."
+            f"Pixel values must lie in [0, 255] as integers, got {pixels.dtype} values from {pixels.min()} to "
+            f"{pixels.max()}; 16-bit ones are told by the type uint16."
         )
-    if is_float:
-        return np.rint(pixels * (255 if highest <= 1 else 1)).astype(np.uint8)
-    return (pixels >> 8 if pixels.dtype == np.uint16 or highest > 255 else pixels).astype(np.uint8)
+    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
 class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
@@ -278,6 +331,10 @@ class Step3VLImageProcessor(PilBackend):
         size = kwargs.get("size")
         if isinstance(size, (list, tuple)) and len(size) != 2:
             raise ValueError(f"`size` must have a height and a width, got {size!r}.")
+        if isinstance(images, (list, tuple)) and not any(
+            not isinstance(entry, (list, tuple)) or len(entry) for entry in images
+        ):
+            raise ValueError("`images` must hold one picture at least.")
         return super().preprocess(images, *args, **kwargs)
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
@@ -299,15 +356,16 @@ class Step3VLImageProcessor(PilBackend):
         """Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are."""
         if isinstance(image_url_or_urls, (str, Path)) and os.path.isfile(image_url_or_urls):
             with Image.open(image_url_or_urls) as image:
-                image.load()
-                return image
+                return upright(image)
         if isinstance(image_url_or_urls, Path):
             raise FileNotFoundError(f"There is no picture at {image_url_or_urls}.")
         if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:image/"):
             with Image.open(BytesIO(base64.b64decode(image_url_or_urls.partition(",")[2]))) as image:
-                image.load()
-                return image
-        return super().fetch_images(image_url_or_urls)
+                return upright(image)
+        try:
+            return super().fetch_images(image_url_or_urls)
+        except SyntaxError as error:
+            raise OSError(f"The picture cannot be read: {error}.") from None
 
     def process_image(
         self,
@@ -315,20 +373,29 @@ class Step3VLImageProcessor(PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         image_mean: tuple[float, ...] | None = None,
+        do_rescale: bool | None = None,
         **kwargs,
     ) -> Image.Image:
         """
         Makes a PIL picture, upright and of 8 bits a channel, from a PIL picture, an array or a tensor; in RGB, unless
         `do_convert_rgb` is false or `image_mean` is of another number of channels.
 
+        Without `do_rescale`, floats are from [0, 1], and give the pixels that the 8-bit picture gives with it.
+
         Raises:
             `ValueError`: if it is none of these, or its shape or values are not a picture's.
+            `OSError`: if the file that it lies in is broken.
         """
+        is_unit = False
         if isinstance(image, Image.Image):
-            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # otherwise it would be copied
-                image = ImageOps.exif_transpose(image)
+            image = upright(image)
             if image.mode.startswith(("I", "F")):
-                image = Image.fromarray(to_8_bit(np.asarray(image)))
+                pixels = np.asarray(image)
+                if pixels.dtype == np.int32 and pixels.max() > 255:  # how PIL holds 16-bit greys, too
+                    pixels = pixels.clip(0, 65535).astype(np.uint16)
+                image = Image.fromarray(to_8_bit(pixels))
+            elif image.mode in PREMULTIPLIED_MODES:  # from which PIL converts to no other
+                image = image.convert(PREMULTIPLIED_MODES[image.mode])
         else:
             if isinstance(image, torch.Tensor):  # NumPy has no bfloat16
                 image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
@@ -343,9 +410,12 @@ class Step3VLImageProcessor(PilBackend):
                 raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
             if 0 in pixels.shape:
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
-            image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels)))
+            is_unit = do_rescale is False and pixels.dtype.kind == "f" and pixels.max() < AMBIGUOUS
+            image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
         wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
-        return image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
+        image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
+        image.info[UNIT_RANGE] = is_unit
+        return image
 
     def _preprocess(
         self,
@@ -368,6 +438,8 @@ class Step3VLImageProcessor(PilBackend):
             pixels = empty(1, *tensor.shape).copy_(tensor)
             if do_rescale:
                 pixels.mul_(rescale_factor)
+            elif image.info.get(UNIT_RANGE):
+                pixels.mul_(1 / 255)
             if do_normalize:
                 if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
                     raise ValueError(

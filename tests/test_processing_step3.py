@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,16 @@ pytestmark = pytest.mark.releases
 
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
+
+
+def png(picture: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file with further chunks before the pixels."""
+    file = io.BytesIO()
+    picture.save(file, "png")
+    head, data = file.getvalue()[:33], file.getvalue()[33:]
+    for kind, body in chunks:
+        head += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    return head + data
 
 
 def golden_picture(width, height) -> Image.Image:
@@ -105,12 +116,6 @@ def test_pixels_are_those_of_the_plain_path_bit_by_bit(size):
     assert torch.equal(output["pixel_values"], view)
     assert (not patches) == ("patch_pixel_values" not in output)
     assert not patches or torch.equal(output["patch_pixel_values"], torch.cat(patches))
-
-
-def png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 def test_every_way_to_give_a_picture(tmp_path):
@@ -286,3 +291,115 @@ def test_a_tokenizer_without_the_tokens_is_refused(released, processor):
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"<im_patch>": 0}, merges=[])))
     with pytest.raises(ValueError, match="lacks <im_start>, <im_end>, <patch_start>"):
         Step3VLProcessor(released, bare)
+
+
+RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+
+
+def pixels_of(picture, **kwargs) -> torch.Tensor:
+    return Step3VLImageProcessor(**kwargs)(picture, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda floats: torch.from_numpy(floats).bfloat16()])
+def test_floats_that_are_not_rescaled_give_what_the_8_bit_picture_gives(kind):
+    unit = (RAMP / 255).astype(np.float32)
+    tolerance = 3 if kind(unit).dtype == torch.bfloat16 else 0  # of 255; bfloat16 has no more digits
+    expected = pixels_of(RAMP)
+    step = 1 / 255 / 0.26
+    for got in (
+        pixels_of(kind(unit), do_rescale=False),
+        Step3VLImageProcessor()(kind(unit), do_rescale=False, return_tensors="pt")["pixel_values"],
+    ):
+        torch.testing.assert_close(got, expected, atol=tolerance * step, rtol=0)
+    # 8 bits that are not rescaled stay what they are, as with any processor.
+    torch.testing.assert_close(
+        pixels_of(RAMP, do_rescale=False, do_normalize=False),
+        255 * pixels_of(RAMP, do_normalize=False),
+        atol=1e-3,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("do_rescale", [True, False])
+def test_a_float_that_overshoots_is_clipped(do_rescale):
+    unit = (RAMP / 255).astype(np.float64)
+    expected = pixels_of(RAMP)
+    for value in (1.0001, 1.0117, 1.09, -1e-6, -0.09):
+        picture = unit.copy()
+        place = (59, 89, 2) if value > 0 else (0, 0, 0)  # where the range ends
+        picture[place] = value
+        assert torch.equal(pixels_of(picture, do_rescale=do_rescale), expected), value
+    if do_rescale:
+        wide = RAMP.astype(np.float32)
+        wide[59, 89, 2], wide[0, 0, 0] = 258.0, -3.0
+        assert torch.equal(pixels_of(wide), expected)
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (np.full((9, 9, 3), 1.5), "`do_rescale=False` says that floats are from"),
+        (np.full((9, 9, 3), -0.5), "got float64 values from -0.5 to -0.5"),
+        (np.full((9, 9, 3), 300.0), "from 300.0 to 300.0"),
+        (np.full((9, 9, 3), 256), "16-bit ones are told by the type uint16"),
+        (np.full((9, 9, 3), -1), "from -1 to -1"),
+        ([], "`images` must hold one picture at least"),
+        ([[], []], "`images` must hold one picture at least"),
+    ],
+)
+def test_pixels_that_could_mean_two_things_are_refused(picture, message):
+    with pytest.raises(ValueError, match=message):
+        pixels_of(picture)
+
+
+def test_integers_mean_what_their_type_says():
+    expected = pixels_of(RAMP)
+    dark = np.zeros((9, 9, 3), np.uint16)
+    assert torch.equal(pixels_of(RAMP.astype(np.int64)), expected)
+    assert torch.equal(pixels_of(RAMP.astype(np.uint16) * 256 + 7), expected)
+    dark[0, 0] = 255  # which is next to nothing of 65535
+    assert torch.equal(pixels_of(dark), pixels_of(np.zeros((9, 9, 3), np.uint8)))
+
+
+def test_unreadable_metadata_do_not_stop_a_readable_picture(tmp_path):
+    expected = pixels_of(RAMP)
+    data = png(Image.fromarray(RAMP), (b"eXIf", b"no exif at all"))
+    (tmp_path / "picture.png").write_bytes(data)
+    assert torch.equal(pixels_of(Image.open(io.BytesIO(data))), expected)
+    assert torch.equal(pixels_of(Step3VLImageProcessor().fetch_images(str(tmp_path / "picture.png"))), expected)
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: to be turned by 90 degrees
+    Image.fromarray(RAMP).save(turned, "png", exif=exif)
+    upright = np.ascontiguousarray(np.rot90(RAMP, -1))
+    assert torch.equal(pixels_of(Image.open(turned)), pixels_of(upright))
+
+
+@pytest.mark.parametrize("broken", [b"IDAT", b"IHDR"])
+def test_a_broken_picture_is_an_os_error(tmp_path, broken):
+    data = bytearray(png(Image.fromarray(RAMP)))
+    place = bytes(data).rindex(broken)
+    data[place : place + 4] = b"\0\1\2\3"
+    (tmp_path / "broken.png").write_bytes(data)
+    processor = Step3VLImageProcessor()
+    with pytest.raises(OSError):
+        processor.fetch_images(str(tmp_path / "broken.png"))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
+)
+def test_pictures_of_any_mode(mode):
+    picture = {
+        "La": lambda: Image.new("LA", (9, 9), (200, 255)).convert("La"),
+        "RGBa": lambda: Image.new("RGBA", (9, 9), (10, 200, 30, 255)).convert("RGBa"),
+    }.get(
+        mode,
+        lambda: (
+            Image.new("RGB", (9, 9), (10, 200, 30)).convert("L").convert(mode)
+            if mode in "1LIFP"
+            else Image.new(mode, (9, 9))
+        ),
+    )()
+    assert picture.mode == mode
+    assert pixels_of(picture).isfinite().all() and pixels_of(picture).shape == (1, 3, 728, 728)
