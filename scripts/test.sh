@@ -10,12 +10,14 @@ fi
 environment=.venv${release:+-$release}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
+extras=test,notebook
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"
+  extras=test
   grep -vE '^(transformers|huggingface_hub|accelerate|safetensors)==' scripts/constraints.txt >"$constraints"
   if [ "$release" != newest ]; then echo "transformers==$release" >>"$constraints"; fi
 fi
-python -m pip install --quiet ${release:+--upgrade} --constraint "$constraints" '.[test]'
+python -m pip install --quiet ${release:+--upgrade} --constraint "$constraints" ".[$extras]"
 if [ -n "$release" ]; then python -c "import transformers; print('transformers', transformers.__version__)"; fi
 python -m pytest --numprocesses auto --dist worksteal "$@"
