@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -63,6 +62,8 @@ from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
     Step3VLConfig,
+    check_tensors,
+    check_values,
     gathers_uneven_outputs,
     num_image_tokens,
 )
@@ -79,49 +80,6 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
 logger = logging.get_logger(__name__)
 
 FUSE_QKV, FUSE_GATE_UP = REWRITES
-
-
-def _check(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
-    """
-    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
-    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
-    """
-    if condition.device.type == "meta":
-        return
-    if got is None:
-        torch._assert_async(condition.all(), f"{message}.")
-    elif type(condition) is torch.Tensor:  # a fake tensor has no values
-        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
-
-
-def _check_tensors(**arguments) -> None:
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor | None):
-            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
-
-
-def _check_token_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.shape[1] == 0:
-        raise ValueError(
-            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, got "
-            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}."
-        )
-    _check_range("input_ids", input_ids, vocab_size)
-
-
-def _check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    """Of `values` (batch, tokens), which are not waited for if they are a single token's."""
-    message = f"`{name}` must lie between 0 and {limit - 1}"
-    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
-    _check((values >= 0) & (values < limit), message, got)
-
-
-def _check_embeddings(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
-    if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must have the shape (batch, tokens, {hidden_size}) with at least one token, got "
-            f"{tuple(inputs_embeds.shape)}."
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +327,7 @@ class Step3TextExperts(nn.Module):
         """An index beyond the experts is an error; that of a single token comes from the router."""
         if len(inputs) > 1 and inputs[1].shape[0] > 1:
             message = f"Indices of experts must lie between 0 and {num_experts - 1}"
-            _check((inputs[1] >= 0) & (inputs[1] < num_experts), message)
+            check_values((inputs[1] >= 0) & (inputs[1] < num_experts), message)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -525,67 +483,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def check_inputs(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-    ) -> None:
-        """
-        Raises a `ValueError` before the cache is written to if an argument's shape does not fit the others or the
-        model, or there are more tokens than the cache or the positions allow. A single token's values are not waited
-        for.
-        """
-        _check_embeddings(inputs_embeds, self.config.hidden_size)
-        batch_size, num_new, _ = inputs_embeds.shape
-        cached, room = 0, None
-        if cache is not None:
-            if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
-                self.check_cache(cache, batch_size)
-            cached = cache.get_seq_length()
-            room = cache.get_max_length()
-        total = cached + num_new
-        for limit, owner in (
-            (room, "the cache's"),
-            (self.config.longest_sequence, "`max_position_embedding`, scaling counted in,"),
-        ):
-            if limit is None or limit < 0:
-                continue
-            if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
-                _check(total <= limit, f"There is no room for another token: {owner} {limit} are taken")
-            elif total > limit:
-                raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
-
-        if position_ids is not None:
-            limit = self.config.longest_sequence or torch.iinfo(torch.int32).max
-            shape = tuple(position_ids.shape)
-            if len(shape) != 2 or (shape[0] != 1 and shape[0] != batch_size) or shape[1] != num_new:
-                raise ValueError(
-                    f"`position_ids` must have the shape ({batch_size}, {num_new}) of the tokens, got {shape}."
-                )
-            _check_range("position_ids", position_ids, limit)
-
-        mask = attention_mask
-        if isinstance(mask, dict):
-            if "full_attention" not in mask:
-                raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
-            mask = mask["full_attention"]
-        if not isinstance(mask, BlockMask):
-            _check_tensors(attention_mask=mask)
-        if isinstance(mask, torch.Tensor):
-            shape = tuple(mask.shape)
-            if mask.ndim == 2:
-                is_long_enough = shape[1] >= num_new if room is not None and room > 0 else shape[1] == total
-                fits = shape[0] == batch_size and is_long_enough
-            else:
-                fits = mask.ndim == 4 and (shape[0] == 1 or shape[0] == batch_size) and shape[2] == num_new
-            if not fits:
-                raise ValueError(
-                    "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new "
-                    f"tokens, keys) for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
-                )
-
     def mask_one_token(self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None) -> torch.Tensor:
         """
         What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
@@ -600,20 +497,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
         if self.config._attn_implementation == "eager":
             mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
-
-    def check_cache(self, cache: Cache, batch_size: int) -> None:
-        """Raises a `ValueError` if the cache holds keys of another model or another batch."""
-        filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-        filled = [layer for layer in filled if layer.keys.ndim == 4]
-        num_layers, head_dim = self.config.num_hidden_layers, self.config.head_dim
-        shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
-        lengths = {layer.keys.shape[2] for layer in filled}
-        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
-            raise ValueError(
-                f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of "
-                f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
-                f"{sorted(shapes)} and {sorted(lengths)} tokens."
-            )
 
     @merge_with_config_defaults
     @capture_outputs
@@ -646,11 +529,11 @@ class Step3TextModel(Step3VLPreTrainedModel):
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         if inputs_embeds is None:
-            _check_token_ids(input_ids, self.config.vocab_size)
+            self.config.check_token_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        self.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        self.config.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
 
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -826,22 +709,6 @@ class Step3VisionModel(Step3VLPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embedding
 
-    def check_pictures(self, pixel_values: torch.Tensor) -> None:
-        """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
-        _check_tensors(pixel_values=pixel_values)
-        num_channels, patch_size = self.config.num_channels, self.config.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
-            raise ValueError(
-                f"Pictures must have the shape (images, {num_channels}, side, side), of one at least, got "
-                f"{tuple(pixel_values.shape)}."
-            )
-        height, width = pixel_values.shape[2:]
-        if height != width or height % patch_size or height == 0:
-            raise ValueError(
-                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
-                f"{tuple(pixel_values.shape)}."
-            )
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
@@ -855,9 +722,9 @@ class Step3VisionModel(Step3VLPreTrainedModel):
             states and attentions also hold the four class rows in front.
 
         Raises:
-            `ValueError`: as in `check_pictures`.
+            `ValueError`: if the pictures' shape does not fit the config.
         """
-        self.check_pictures(pixel_values)
+        self.config.check_pictures(pixel_values)
         hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
 
@@ -941,7 +808,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output. They go
         through the encoder together, as many as `max_encoder_bytes` allows for the device.
         """
-        self.vision_model.check_pictures(pixel_values)
+        self.config.vision_config.check_pictures(pixel_values)
         vision_config = self.config.vision_config
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
         num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
@@ -969,7 +836,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         and errors are those of [`~Step3VLModel.get_image_features`]."""
         image_features, vision_outputs = self.encode(pixel_values, **kwargs)
         num_images, num_tokens, _ = image_features.shape
-        _check_tensors(patch_pixel_values=patch_pixel_values)
+        check_tensors(patch_pixel_values=patch_pixel_values)
         patches_given = 0 if patch_pixel_values is None else len(patch_pixel_values)
         if num_patches is None:
             num_patches = [0] * num_images
@@ -1121,11 +988,11 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if pixel_values is None and patch_pixel_values is not None:
             raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
 
-        _check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, image_embeds=image_embeds)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, image_embeds=image_embeds)
         if inputs_embeds is None:
-            _check_token_ids(input_ids, self.config.text_config.vocab_size)
+            self.config.text_config.check_token_ids(input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        _check_embeddings(inputs_embeds, self.config.text_config.hidden_size)
+        self.config.text_config.check_embeddings(inputs_embeds)
 
         if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
             image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
@@ -1180,7 +1047,7 @@ class Step3LanguageModelHead(Step3GenerationInputs):
 
     def keep(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
-        _check_tensors(logits_to_keep=positions)
+        check_tensors(logits_to_keep=positions)
         if positions.is_floating_point() or not 0 < positions.ndim < 3:
             raise ValueError(
                 "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
@@ -1190,7 +1057,9 @@ class Step3LanguageModelHead(Step3GenerationInputs):
             return hidden_states[positions] if positions.ndim == 2 else hidden_states[:, positions]
         length = hidden_states.shape[1]
         is_within = (positions >= -length) & (positions < length)
-        _check(is_within, f"`logits_to_keep` must lie within the {length} tokens", lambda: str(positions.tolist()))
+        check_values(
+            is_within, f"`logits_to_keep` must lie within the {length} tokens", lambda: str(positions.tolist())
+        )
         if positions.ndim == 2:
             return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
         return hidden_states[:, positions]
@@ -1215,7 +1084,7 @@ class Step3LanguageModelHead(Step3GenerationInputs):
 
         loss = None
         if labels is not None:
-            _check_tensors(labels=labels)
+            check_tensors(labels=labels)
             if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
                 raise ValueError(
                     f"`labels` must be int64 of the shape {tuple(logits.shape[:-1])} of the logits, got {labels.dtype} "
@@ -1223,7 +1092,7 @@ class Step3LanguageModelHead(Step3GenerationInputs):
                 )
             vocab_size = text_config.vocab_size
             is_in_range = ((labels >= 0) & (labels < vocab_size)) | (labels == -100)
-            _check(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}")
+            check_values(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}")
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None
@@ -1416,8 +1285,8 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         input_ids = model_inputs.get("input_ids") if input_ids is None else input_ids
         given, attention_mask = model_inputs.pop("inputs_embeds", None), model_inputs.get("attention_mask")
         if given is None:
-            _check_tensors(input_ids=input_ids)
-            _check_token_ids(input_ids, self.config.text_config.vocab_size)
+            check_tensors(input_ids=input_ids)
+            self.config.text_config.check_token_ids(input_ids)
         embeds = self.get_input_embeddings()(input_ids) if given is None else given
         mask = self.model.get_image_token_mask(input_ids if given is None else None, given)
         start = attention_mask.shape[1] - mask.shape[1] if isinstance(attention_mask, torch.Tensor) else 0
