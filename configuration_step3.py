@@ -450,7 +450,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         self.check_embeddings(inputs_embeds)
         batch_size, num_new, _ = inputs_embeds.shape
         cached, room = 0, None
-        if cache is not None:
+        if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
             if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
                 self.check_cache(cache, batch_size)
             cached = cache.get_seq_length()

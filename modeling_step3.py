@@ -214,7 +214,7 @@ class Step3TextAttention(Rewritable):
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
         if cache is not None:
-            key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -916,7 +916,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
             return
         # What follows cached tokens may hold an image token that the model itself came up with.
-        is_first = cache is None or int(cache.get_seq_length()) == 0
+        is_first = cache is None or (isinstance(cache, Cache) and int(cache.get_seq_length()) == 0)
         if is_first and (input_ids == self.config.image_token_id).any():
             logger.warning_once("The text has image tokens, but no pictures are given: their own embeddings are used.")
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
 from PIL import Image
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, pipeline
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GenerationMixin, pipeline
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from step3_vl import Step3TextForCausalLM
 
 
 pytestmark = pytest.mark.releases
@@ -210,3 +213,16 @@ def test_what_is_generated_ends_with_the_last_position(batch):
     assert config.max_new_tokens == 50
     with pytest.raises(ValueError, match="prompt has 20 tokens, which leaves none of the model's 20 positions"):
         model.generate(expected)
+
+
+@pytest.mark.skipif("paged|sdpa" in ALL_ATTENTION_FUNCTIONS, reason="its attention functions hold the cache here")
+@pytest.mark.parametrize("part", ["whole", "text"])
+def test_continuous_batching_is_greedy(model, part):
+    if part == "text":
+        model = Step3TextForCausalLM._from_config(model.config.text_config, attn_implementation="sdpa").eval()
+    prompts = [[11, 12, 13, 14], [21, 22, 23, 24, 25, 26, 27], [31, 32]]
+    expected = [model.generate(torch.tensor([prompt]), **GREEDY)[0, len(prompt) :].tolist() for prompt in prompts]
+    room = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, use_cuda_graph=False)
+    config = GenerationConfig(**GREEDY, eos_token_id=1, pad_token_id=2)
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=room)
+    assert [outputs[name].generated_tokens for name in sorted(outputs)] == expected
