@@ -12,6 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
 from .modeling_step3 import (
+    Step3BoundedCache,
     Step3TextForCausalLM,
     Step3TextModel,
     Step3VisionModel,
@@ -35,6 +36,7 @@ AutoProcessor.register(Step3VLConfig, Step3VLProcessor)
 
 
 __all__ = [
+    "Step3BoundedCache",
     "Step3TextConfig",
     "Step3TextForCausalLM",
     "Step3TextModel",

@@ -416,13 +416,11 @@ class Step3Checkpoint:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
             weights = {name: file.get_slice(name) for file in files for name in file.keys()}
             has_single_experts = any(map(SINGLE_EXPERT.fullmatch, weights))
-            if not is_fp8 and not has_single_experts:
-                stack.close()
-                return load(state_dict, checkpoint_files, load_config)
-            if is_fp8 and not settings.dequantize:
+            is_dequantized = is_fp8 and settings.dequantize
+            if is_fp8 and not is_dequantized:
                 load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
                 take_back_unquantized(model, weights, load_config)
-            if is_fp8 and settings.dequantize:
+            if is_dequantized:
                 mapping = need("conversion_mapping", "get_model_conversion_mapping", "Dequantising fp8")
                 renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
                 converters = [entry for entry in mapping(model) if isinstance(entry, WeightConverter)]
@@ -430,7 +428,9 @@ class Step3Checkpoint:
                 weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
             if has_single_experts:
                 weights = stack_experts(weights, model.config.get_text_config().moe_num_experts)
-            return load(weights, None, load_config)
+            if is_dequantized or has_single_experts:
+                return load(weights, None, load_config)
+        return load(state_dict, checkpoint_files, load_config)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs

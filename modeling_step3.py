@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.masking_utils import create_causal_mask
@@ -100,9 +100,6 @@ class Step3TextRMSNorm(nn.Module):
         states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * states.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
 def _check_attention_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -357,13 +354,12 @@ class Step3TextMoE(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
-        implementation = self.config._experts_implementation
-        if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(self.config, dtype):
+        config, implementation = self.config, self.config._experts_implementation
+        if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(config, dtype):
             raise ValueError(
                 f"`{implementation}` needs rows of a multiple of 16 bytes and no float64, got {dtype} with "
-                f"`hidden_size` {self.config.hidden_size} and `moe_intermediate_size` "
-                f"{self.config.moe_intermediate_size}: "
-                'choose another implementation with `model.set_experts_implementation("eager")`.'
+                f"`hidden_size` {config.hidden_size} and `moe_intermediate_size` {config.moe_intermediate_size}: "
+                'choose another one with `model.set_experts_implementation("eager")`.'
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
@@ -460,6 +456,57 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
         return "step3" if fits and is_known and implementation == "grouped_mm" else "eager"
 
 
+class BoundedLayer(DynamicLayer):
+    """One layer's keys and values of the newest tokens. Those that were dropped still count as positions."""
+
+    num_dropped = 0
+
+    def get_seq_length(self) -> int:
+        return self.num_dropped + super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() - self.num_dropped + query_length, self.num_dropped
+
+    def crop(self, length: int) -> None:
+        """Takes away the newest tokens: `-length` of them, or, for a positive number, all beyond that many."""
+        count = -length if length <= 0 else self.get_seq_length() - length
+        if count > 0 and self.is_initialized:
+            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_dropped = 0
+
+
+class Step3BoundedCache(Cache):
+    """
+    A cache of at most `max_length` tokens, used as a dynamic one, which can be cut back to its newest tokens while
+    positions go on counting, so that a long conversation goes on.
+    """
+
+    def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int):
+        if max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
+        super().__init__(layers=[BoundedLayer() for _ in range(config.get_text_config().num_hidden_layers)])
+        self.max_length = max_length
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """As in any cache. Raises a `ValueError` before any layer is touched if there is no room for all new tokens."""
+        held, new = self.layers[0].get_mask_sizes(0)[0], key_states.shape[-2]
+        if layer_idx == 0 and held + new > self.max_length:
+            raise ValueError(f"{held} held and {new} new tokens are more than the cache's {self.max_length}.")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reclaim(self, num_tokens: int) -> None:
+        """Keeps the newest `num_tokens` of every layer and gives the memory of the others back."""
+        for layer in self.layers:
+            held = layer.get_mask_sizes(0)[0]
+            if not 0 < num_tokens <= held:
+                raise ValueError(f"Between 1 and {held} tokens can be kept, got {num_tokens}.")
+            layer.keys, layer.values = (states[..., -num_tokens:, :].clone() for states in (layer.keys, layer.values))
+            layer.num_dropped += held - num_tokens
+
+
 class Step3TextModel(Step3VLPreTrainedModel):
     """The text decoder without a language-model head."""
 
@@ -484,12 +531,12 @@ class Step3TextModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def mask_one_token(self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None) -> torch.Tensor:
-        """
-        What a decoding step attends to, `(batch, 1, 1, keys)`, from an `attention_mask` of `(batch, tokens)`:
-        transformers' own masks wait for the device, to learn whether there is any padding.
-        """
+        """What a decoding step attends to, (batch, 1, 1, keys), from an `attention_mask` of (batch, tokens), without
+        waiting for the device, which transformers' own masks do to learn whether there is any padding."""
         mask = attention_mask.bool()
         room = -1 if cache is None else cache.get_max_length()
+        if isinstance(cache, Step3BoundedCache):
+            mask = mask[:, cache.layers[0].num_dropped :]
         if room > 0:  # a static cache, whose keys reach beyond the tokens so far
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
@@ -515,16 +562,14 @@ class Step3TextModel(Step3VLPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Token ids; or give `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*):
-                `(batch, cached + new tokens)` with 0 at padding, or a 4-D mask as transformers builds it, or a
-                dictionary that holds one under `"full_attention"`.
+                `(batch, cached + new tokens)` with 0 at padding, a 4-D one, or a dictionary with `"full_attention"`.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Positions of the tokens.
             cache (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
 
         Raises:
-            `ValueError`: if both or neither of `input_ids` and `inputs_embeds` are given, or a dictionary of masks
-            lacks the one that is needed.
+            `ValueError`: if the arguments do not fit each other or the config.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -804,10 +849,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def encode(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """
-        The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output. They go
-        through the encoder together, as many as `max_encoder_bytes` allows for the device.
-        """
+        """The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output; of as
+        many at a time as `max_encoder_bytes` allows."""
         self.config.vision_config.check_pictures(pixel_values)
         vision_config = self.config.vision_config
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
@@ -873,7 +916,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        Encodes pictures into the features that take the place of their image tokens.
+        The features that take the place of pictures' image tokens.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, side, side)`): The pictures' global views.
@@ -882,9 +925,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
             num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): How many of them each picture has.
 
         Returns:
-            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first and the
-            global view's last; `last_hidden_state` and, if asked for, `hidden_states` and `attentions` of the encoder
-            on the global views.
+            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first; the rest is
+            the encoder's on the global views.
 
         Raises:
             `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
@@ -937,12 +979,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         inputs_embeds: torch.Tensor,
         image_features: torch.Tensor,
     ) -> torch.BoolTensor:
-        """
-        Where `image_features` (rows, hidden_size) go in `inputs_embeds`, as a mask of its shape.
-
-        Raises:
-            `ValueError`: if there are not as many image tokens as rows.
-        """
+        """Where `image_features` (rows, hidden_size) go in `inputs_embeds`, as a mask of its shape. Raises a
+        `ValueError` if there are not as many image tokens as rows."""
         image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
         self.check_image_tokens(image_token_mask, image_features)
         return image_token_mask.unsqueeze(-1).to(inputs_embeds.device).expand_as(inputs_embeds)
@@ -1395,14 +1433,14 @@ if ALL_PARALLEL_STYLES is not None:
     ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
 
 
-Step3VisionModel.register_for_auto_class("AutoModel")
-Step3TextModel.register_for_auto_class("AutoModel")
-Step3VLModel.register_for_auto_class("AutoModel")
+for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):
+    _model_class.register_for_auto_class("AutoModel")
 Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 
 __all__ = [
+    "Step3BoundedCache",
     "Step3TextForCausalLM",
     "Step3TextModel",
     "Step3VLForConditionalGeneration",
