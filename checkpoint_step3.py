@@ -137,14 +137,18 @@ class Step3GenerationInputs:
 
     def within_positions(self, inputs, generation_config, kwargs: dict) -> tuple:
         """`generation_config` and `kwargs` for a request that ends, at the latest, with the model's last position."""
-        limit = self.config.get_text_config().longest_sequence
+        settings = generation_config or self.generation_config
+        if getattr(settings, "is_assistant", False):  # whose proposals its main model has bounded
+            return generation_config, kwargs
+        models = [model for model in (self, kwargs.get("assistant_model")) if model is not None]
+        limits = [getattr(model.config.get_text_config(), "longest_sequence", None) for model in models]
+        limit = min((limit for limit in limits if limit is not None), default=None)
         names = ("attention_mask", "inputs_embeds", "input_ids")
         given = [kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)]
         given = given or ([inputs] if isinstance(inputs, torch.Tensor) else [])
         if limit is None or not given or given[0].ndim < 2:
             return generation_config, kwargs
         length = given[0].shape[1]
-        settings = generation_config or self.generation_config
         wanted = kwargs.get("max_new_tokens", settings.max_new_tokens)
         if wanted is None:
             # 20 is what transformers generates if nothing is said.
@@ -308,6 +312,8 @@ def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any
     for name, parts in experts.items():
         if parts.keys() != set(range(num_experts)):
             raise ValueError(f"{name} must be there for experts 0 to {num_experts - 1}, got {sorted(parts)}.")
+        if len(shapes := {tuple(part.get_shape()) for part in parts.values()}) > 1:
+            raise ValueError(f"{name} must have one shape for all experts, got {sorted(shapes)}.")
         stacked[name] = StackedWeight([parts[number] for number in range(num_experts)])
     return stacked
 
@@ -415,7 +421,8 @@ class Step3Checkpoint:
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
             weights = {name: file.get_slice(name) for file in files for name in file.keys()}
-            has_single_experts = any(map(SINGLE_EXPERT.fullmatch, weights))
+            num_experts = getattr(model.config.get_text_config(), "moe_num_experts", None)
+            has_single_experts = num_experts is not None and any(map(SINGLE_EXPERT.fullmatch, weights))
             is_dequantized = is_fp8 and settings.dequantize
             if is_fp8 and not is_dequantized:
                 load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
@@ -427,7 +434,7 @@ class Step3Checkpoint:
                 load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
                 weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
             if has_single_experts:
-                weights = stack_experts(weights, model.config.get_text_config().moe_num_experts)
+                weights = stack_experts(weights, num_experts)
             if is_dequantized or has_single_experts:
                 return load(weights, None, load_config)
         return load(state_dict, checkpoint_files, load_config)
@@ -450,6 +457,13 @@ class Step3Checkpoint:
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
+        if assign and any(row["rewritten"] for row in self.fusion_report()):  # whole weights are to be put in place
+            applied = [(rewrite, m) for m in self.modules() for rewrite in REWRITES if rewrite.is_applied_to(m)]
+            self.unfuse()
+            result = self.load_state_dict(state_dict, strict=strict, assign=True)
+            for rewrite, module in applied:
+                rewrite.apply(module)
+            return result
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -527,9 +541,7 @@ class Rewrite:
     def apply(self, module: nn.Module) -> None:
         layers = [getattr(module, source) for source in self.sources]
         weight = torch.cat([layer.weight for layer in layers])
-        fused = FusedLinear(layers[0].in_features, weight.shape[0], bias=False, device="meta")
-        fused.weight = nn.Parameter(weight, requires_grad=layers[0].weight.requires_grad)
-        fused.train(module.training)
+        fused = FusedLinear(nn.Parameter(weight, requires_grad=layers[0].weight.requires_grad)).train(module.training)
         start = 0
         for layer in layers:
             del layer.weight
@@ -550,8 +562,16 @@ class Rewrite:
             layer.weight = weight
 
 
-class FusedLinear(nn.Linear):
-    """What a [`Rewrite`] makes. State dicts know its rows by the names of the layers that they came from."""
+class FusedLinear(nn.Module):
+    """What a [`Rewrite`] makes. State dicts know its rows by the names of the layers that they came from. It is none of
+    torch's own linear layers, which adapters and quantisers look for: those find the layers that it is made of."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         pass
@@ -570,6 +590,11 @@ class RowsOfLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         return self.fused.weight[self.rows]
+
+    def _no_hooks(self, *args, **kwargs):
+        raise RuntimeError("This layer is part of a fused one, and not called by itself: `unfuse` the model first.")
+
+    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = _no_hooks
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
@@ -640,6 +665,8 @@ class Step3Rewritable:
                 if (obstacle := rewrite.obstacle(module)) is not None:
                     raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
                 planned.append((rewrite, module))
+        if missing := [name for name in names if name not in {rewrite.name for rewrite, _ in planned}]:
+            raise ValueError(f"{', '.join(missing)}: nothing in this {type(self).__name__} is rewritten by that.")
         for rewrite, module in planned:
             rewrite.apply(module)
 

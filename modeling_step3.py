@@ -201,7 +201,6 @@ class Step3TextAttention(Rewritable):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-
         low_rank_states, key_states, value_states = self.project(hidden_states, FUSE_QKV)
         query_states = self.wq(self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
         key_states = key_states.view(hidden_shape).transpose(1, 2)
@@ -280,11 +279,8 @@ def step3_experts_forward(
     top_k_weights: torch.Tensor,
     grouped_mm: Callable,
 ) -> torch.Tensor:
-    """
-    The experts implementation `"step3"`, the default: `grouped_mm`, except for a single token where it is compiled.
-    There the products are written as sums, which the compiler makes kernels of that read the chosen experts where they
-    are; any matrix product would need a copy of them.
-    """
+    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token sums, of which
+    the compiler makes kernels that read the chosen experts where they are; any product would need a copy of them."""
     if hidden_states.shape[0] > 1 or not torch.compiler.is_compiling():
         return grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
@@ -568,8 +564,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
 
-        Raises:
-            `ValueError`: if the arguments do not fit each other or the config.
+        Raises a `ValueError` if the arguments do not fit each other or the config.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -765,9 +760,6 @@ class Step3VisionModel(Step3VLPreTrainedModel):
         Returns:
             `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
             states and attentions also hold the four class rows in front.
-
-        Raises:
-            `ValueError`: if the pictures' shape does not fit the config.
         """
         self.config.check_pictures(pixel_values)
         hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
@@ -944,6 +936,42 @@ class Step3VLModel(Step3VLPreTrainedModel):
             attentions=vision_outputs.attentions,
         )
 
+    def collect_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_pixel_values: torch.Tensor | None = None,
+        num_patches: torch.LongTensor | list[int] | None = None,
+        image_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
+        """The features (rows, hidden_size) of all pictures, in whichever one form they are given, and what
+        `get_image_features` returns for them. Raises a `ValueError` if they come in several forms, or do not fit."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if mm_encoder_outputs and "image" not in mm_encoder_outputs:
+            raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
+        if sum(source is not None for source in (pixel_values, image_embeds, encoded)) > 1:
+            raise ValueError(
+                "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
+            )
+        if pixel_values is None and patch_pixel_values is not None:
+            raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
+        check_tensors(image_embeds=image_embeds)
+        if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
+            image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
+        elif pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
+        if encoded is not None:
+            image_embeds = torch.cat(list(encoded.pooler_output))
+        if image_embeds is None:
+            return None, None
+        width = self.config.text_config.hidden_size
+        if image_embeds.ndim < 2 or image_embeds.shape[-1] != width:
+            raise ValueError(
+                f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(image_embeds.shape)}."
+            )
+        return image_embeds.reshape(-1, width), encoded
+
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.BoolTensor:
@@ -964,14 +992,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
         """Raises a `ValueError` if there are not as many image tokens as rows of `image_features`."""
-        num_image_tokens = image_token_mask.sum()
-        torch_compilable_check(
-            num_image_tokens == image_features.shape[0],
-            lambda: (
-                f"The text has {int(num_image_tokens)} image tokens (`image_token_id` {self.config.image_token_id}), "
-                f"but the pictures give {image_features.shape[0]} image features."
-            ),
-        )
+        count, rows, token = image_token_mask.sum(), image_features.shape[0], self.config.image_token_id
+        message = f"image tokens (`image_token_id` {token}), but the pictures give {rows} image features."
+        torch_compilable_check(count == rows, lambda: f"The text has {int(count)} {message}")
 
     def get_placeholder_mask(
         self,
@@ -1010,44 +1033,23 @@ class Step3VLModel(Step3VLPreTrainedModel):
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
 
-        The rest is as in [`Step3TextModel`].
-
-        Raises:
-            `ValueError`: if pictures are given in more than one form, or do not fit the image tokens.
+        The rest is as in [`Step3TextModel`]. Raises a `ValueError` if pictures come in several forms, or do not fit.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(source is not None for source in (pixel_values, image_embeds, encoded)) > 1:
-            raise ValueError(
-                "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
-            )
-        if pixel_values is None and patch_pixel_values is not None:
-            raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
-
-        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, image_embeds=image_embeds)
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if inputs_embeds is None:
             self.config.text_config.check_token_ids(input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self.config.text_config.check_embeddings(inputs_embeds)
 
-        if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
-            image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
-        elif pixel_values is not None:
-            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-            encoded = self.get_image_features(
-                pixel_values, patch_pixel_values, num_patches, return_dict=True, **recorded
-            )
-        if encoded is not None:
-            image_embeds = torch.cat(list(encoded.pooler_output))
+        recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+        image_embeds, encoded = self.collect_features(
+            pixel_values, patch_pixel_values, num_patches, image_embeds, mm_encoder_outputs, **recorded
+        )
         if image_embeds is not None:
-            width = inputs_embeds.shape[2]
-            if image_embeds.ndim < 2 or image_embeds.shape[-1] != width:
-                raise ValueError(
-                    f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(image_embeds.shape)}."
-                )
-            image_embeds = image_embeds.reshape(-1, width).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
         elif input_ids is not None and input_ids.shape[1] > 1:
@@ -1299,8 +1301,16 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         """
         for name in ("prompt_embeds", "prompt_start"):  # of the model that this one assists
             kwargs.pop(name, None)
-        prompt = self.embed_prompt(inputs, kwargs) if self.has_pictures(kwargs) else {}
-        if kwargs.get("assistant_model") is None:  # which sees the pictures for itself
+        assistant, prompt = kwargs.get("assistant_model"), {}
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if self.has_pictures(kwargs):
+            if assistant is not None and not hasattr(assistant, "get_image_features"):
+                raise ValueError("`assistant_model` must see pictures, too, if the prompt has any.")
+            prompt = self.embed_prompt(input_ids, kwargs)
+        elif isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
+            cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
+            self.model.warn_of_image_tokens(input_ids[:, 0 if cache is None else int(cache.get_seq_length()) :], None)
+        if assistant is None:  # which sees the pictures for itself
             kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
         logits_processor = [*(logits_processor or []), NoImageTokens([self.config.image_token_id], self.device)]
         logits_processor = LogitsProcessorList(logits_processor)
@@ -1313,17 +1323,13 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
 
     def embed_prompt(self, input_ids: torch.LongTensor | None, model_inputs: dict) -> dict[str, torch.Tensor | int]:
-        """
-        The embeddings of a prompt with its pictures, `prompt_embeds` (batch, tokens, hidden_size), and the position
-        that they start from, `prompt_start`; or `inputs_embeds` for one that was given so.
-
-        Raises:
-            `ValueError`: if the pictures do not fit the prompt's image tokens, or those that no cache holds yet.
-        """
-        input_ids = model_inputs.get("input_ids") if input_ids is None else input_ids
+        """The embeddings of a prompt with its pictures, `prompt_embeds` (batch, tokens, hidden_size), and the position
+        that they start from, `prompt_start`; or `inputs_embeds` for one that was given so. Raises a `ValueError` if the
+        pictures do not fit the image tokens, or those that no cache holds yet."""
         given, attention_mask = model_inputs.pop("inputs_embeds", None), model_inputs.get("attention_mask")
         if given is None:
-            check_tensors(input_ids=input_ids)
+            if not isinstance(input_ids, torch.Tensor):
+                raise ValueError("Pictures need `input_ids` or `inputs_embeds` that hold their image tokens.")
             self.config.text_config.check_token_ids(input_ids)
         embeds = self.get_input_embeddings()(input_ids) if given is None else given
         mask = self.model.get_image_token_mask(input_ids if given is None else None, given)
@@ -1331,13 +1337,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         cache = one_cache(model_inputs.get("cache"), model_inputs.get("past_key_values"))
         cached = 0 if cache is None else max(int(cache.get_seq_length()) - start, 0)
         if cached == 0 or mask[:, cached:].any():
-            if model_inputs.get("pixel_values") is not None:
-                pictures = (model_inputs.get(name) for name in self._picture_inputs[:3])
-                features, _ = self.model.encode_pictures(*pictures)
-            elif model_inputs.get("image_embeds") is not None:
-                features = model_inputs["image_embeds"].flatten(0, -2)
-            else:
-                features = torch.cat(list(model_inputs["mm_encoder_outputs"]["image"].pooler_output))
+            features, _ = self.model.collect_features(*(model_inputs.get(name) for name in self._picture_inputs))
             if features.shape[0] == mask[:, cached:].sum():  # those of the new tokens alone
                 mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= cached)
             self.model.check_image_tokens(mask, features)

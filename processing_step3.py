@@ -55,8 +55,8 @@ MAX_WINDOW_RATIO = 4
 MAX_REST = 0.2
 
 # What a resized picture's floats may reach past the ends of their range, as a share of it; and the least that the
-# brightest pixel of a picture from [0, 255] must have, since darker ones could be from [0, 1].
-OVERSHOOT, AMBIGUOUS = 0.1, 2
+# brightest pixel of a picture from [0, 255] must have: less could be from [0, 1], or normalised already.
+OVERSHOOT, AMBIGUOUS = 0.1, 3
 
 # In a picture's `info`: its 8 bits stand for [0, 1], and nothing will rescale them.
 UNIT_RANGE = "step3_unit_range"
@@ -210,13 +210,19 @@ def is_unit_range(pixels: np.ndarray) -> bool:
     lowest, highest = pixels.min(), pixels.max()
     if -OVERSHOOT <= lowest and highest <= 1 + OVERSHOOT:
         return True
-    if 255 * -OVERSHOOT <= lowest and AMBIGUOUS <= highest <= 255 * (1 + OVERSHOOT):
+    if -OVERSHOOT * highest <= lowest and AMBIGUOUS <= highest <= 255 * (1 + OVERSHOOT):
         return False
     raise ValueError(
         "Pixel values must lie in [0, 1] or [0, 255] as floats, or in [0, 255] as integers ([0, 65535] as uint16), got "
         f"{pixels.dtype} values from {lowest} to {highest}. `do_rescale=False` says that floats are from [0, 1]; uint8 "
         "is never in doubt."
     )
+
+
+def is_meant_as_unit(pixels: np.ndarray, do_rescale: bool | None) -> bool:
+    """Whether `do_rescale=False` says of these that they are floats from [0, 1], and they can be."""
+    is_told = do_rescale is False and pixels.dtype.kind == "f" and pixels.size > 0
+    return bool(is_told and -OVERSHOOT <= pixels.min() and pixels.max() < AMBIGUOUS)
 
 
 def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
@@ -233,7 +239,7 @@ def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
         return pixels.astype(np.uint8)
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
-    if pixels.dtype == np.uint16:
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # in either order of bytes
         return (pixels >> 8).astype(np.uint8)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise ValueError("Pixel values must lie in [0, 1] or [0, 255] as floats, got NaN or infinite ones.")
@@ -393,7 +399,8 @@ class Step3VLImageProcessor(PilBackend):
                 pixels = np.asarray(image)
                 if pixels.dtype == np.int32 and pixels.max() > 255:  # how PIL holds 16-bit greys, too
                     pixels = pixels.clip(0, 65535).astype(np.uint16)
-                image = Image.fromarray(to_8_bit(pixels))
+                is_unit = is_meant_as_unit(pixels, do_rescale)
+                image = Image.fromarray(to_8_bit(pixels, is_unit))
             elif image.mode in PREMULTIPLIED_MODES:  # from which PIL converts to no other
                 image = image.convert(PREMULTIPLIED_MODES[image.mode])
         else:
@@ -410,7 +417,7 @@ class Step3VLImageProcessor(PilBackend):
                 raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
             if 0 in pixels.shape:
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
-            is_unit = do_rescale is False and pixels.dtype.kind == "f" and pixels.max() < AMBIGUOUS
+            is_unit = is_meant_as_unit(pixels, do_rescale)
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
         wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
         image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image

@@ -242,3 +242,24 @@ def test_what_does_not_go_is_refused_before_anything_is_changed(directory):
     model.fuse("step3_gate_up")
     with pytest.raises(ValueError, match="`step3_gate_up` is applied to .*mlp already"):
         model.fuse("step3_gate_up")
+    with pytest.raises(RuntimeError, match="part of a fused one.* `unfuse` the model first"):
+        model.model.language_model.layers[0].mlp.up_proj.register_forward_hook(print)
+    with pytest.raises(ValueError, match="step3_qkv: nothing in this Step3VisionModel is rewritten by that"):
+        model.model.vision_model.fuse("step3_qkv")
+
+
+@torch.no_grad()
+def test_a_state_dict_that_is_assigned_stays_fused(directory):
+    fused = load(directory, *BOTH)
+    other = small_model(seed=3).bfloat16()
+    ids = torch.arange(20, 40)[None]
+    expected = other(ids).logits
+    for start in ("float32", "meta"):
+        if start == "meta":
+            fused.to("meta")
+        fused.load_state_dict(other.state_dict(), assign=True)
+        assert all(row["rewritten"] for row in fused.fusion_report())
+        assert {parameter.dtype for parameter in fused.parameters()} == {torch.bfloat16}
+        if start == "float32":
+            torch.testing.assert_close(fused(ids).logits, expected, atol=0.1, rtol=0)
+    assert not any(parameter.is_meta for parameter in fused.parameters())

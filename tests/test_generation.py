@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GenerationMixin, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import step3_vl.modeling_step3
 from step3_vl import Step3TextForCausalLM
 
 
@@ -226,3 +227,52 @@ def test_continuous_batching_is_greedy(model, part):
     config = GenerationConfig(**GREEDY, eos_token_id=1, pad_token_id=2)
     outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=room)
     assert [outputs[name].generated_tokens for name in sorted(outputs)] == expected
+
+
+def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, batch):
+    pictures = {name: batch[name] for name in PICTURE_INPUTS}
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    encoded = model.get_image_features(**pictures)
+    features = torch.cat(encoded.pooler_output)
+
+    def fails(message, **inputs):
+        for call in (model, model.generate):
+            with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
+                call(**inputs)
+
+    fails(
+        r"`image_embeds` must have the shape \(..., rows, 48\), got \(15, 96\)",
+        **text,
+        image_embeds=features.repeat(1, 2),
+    )
+    fails(r"got \(720,\)", **text, image_embeds=features.flatten())
+    fails("`image_embeds` must be a tensor, got list", **text, image_embeds=[features])
+    fails("only one of them", **batch, image_embeds=features)
+    fails("belong to `pixel_values`", **text, patch_pixel_values=batch["patch_pixel_values"], image_embeds=features)
+    fails("`mm_encoder_outputs` must hold `image`, got .'video'", **text, mm_encoder_outputs={"video": encoded})
+    fails("`mm_encoder_outputs` must hold `image`, got .'last_hidden_state'", **text, mm_encoder_outputs=encoded)
+    with pytest.raises(ValueError, match="Pictures need `input_ids` or `inputs_embeds`"):
+        model.generate(**pictures)
+    with pytest.raises(ValueError, match="`assistant_model` must see pictures, too"):
+        assistant = Step3TextForCausalLM._from_config(model.config.text_config)
+        model.generate(**row_alone(batch, 1), assistant_model=assistant)
+
+
+def test_an_assistant_of_fewer_positions_bounds_the_answer(model, batch):
+    inputs = row_alone(batch, 2)
+    config = small_config(text={"num_hidden_layers": 2, "moe_layers_enum": "1", "max_position_embedding": 20})
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=40, assistant_model=small_model(config))
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=20 - inputs["input_ids"].shape[1])
+    assert torch.equal(output, expected)
+
+
+def test_pictures_that_were_forgotten_in_a_later_turn_are_warned_of(model, batch, monkeypatch):
+    warned = []
+    monkeypatch.setattr(step3_vl.modeling_step3.logger, "warning_once", warned.append)
+    first = row_alone(batch, 0)
+    cache = DynamicCache(config=model.config)
+    answer = model.generate(**first, **GREEDY, cache=cache)
+    assert not warned
+    ids = torch.cat([answer, row_alone(batch, 1)["input_ids"]], 1)
+    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, cache=cache)
+    assert any("no pictures are given" in text for text in warned)

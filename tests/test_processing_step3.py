@@ -343,6 +343,7 @@ def test_a_float_that_overshoots_is_clipped(do_rescale):
         (np.full((9, 9, 3), 300.0), "from 300.0 to 300.0"),
         (np.full((9, 9, 3), 256), "16-bit ones are told by the type uint16"),
         (np.full((9, 9, 3), -1), "from -1 to -1"),
+        (np.linspace(-1.79, 2.14, 243).reshape(9, 9, 3), "from -1.79 to 2.14"),  # normalised already
         ([], "`images` must hold one picture at least"),
         ([[], []], "`images` must hold one picture at least"),
     ],
@@ -352,11 +353,21 @@ def test_pixels_that_could_mean_two_things_are_refused(picture, message):
         pixels_of(picture)
 
 
+def test_what_do_rescale_says_of_floats_must_be_true():
+    grey = Image.fromarray((RAMP[..., 0] / 255).astype(np.float32))
+    assert grey.mode == "F"
+    assert torch.equal(pixels_of(grey, do_rescale=False), pixels_of(Image.fromarray(RAMP[..., 0])))
+    for wrong in (RAMP / 127.5 - 1, np.linspace(-1.79, 2.14, 243).reshape(9, 9, 3)):
+        with pytest.raises(ValueError, match="Pixel values must lie in"):
+            pixels_of(wrong, do_rescale=False)
+
+
 def test_integers_mean_what_their_type_says():
     expected = pixels_of(RAMP)
     dark = np.zeros((9, 9, 3), np.uint16)
     assert torch.equal(pixels_of(RAMP.astype(np.int64)), expected)
     assert torch.equal(pixels_of(RAMP.astype(np.uint16) * 256 + 7), expected)
+    assert torch.equal(pixels_of((RAMP.astype(np.uint16) * 256).astype(">u2")), expected)
     dark[0, 0] = 255  # which is next to nothing of 65535
     assert torch.equal(pixels_of(dark), pixels_of(np.zeros((9, 9, 3), np.uint8)))
 
