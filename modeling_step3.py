@@ -1295,12 +1295,8 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
 
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """
-        As for any model. Pictures are encoded once and put in their places among the prompt's embeddings, which are
-        then repeated, cut into chunks and continued row by row, as its tokens are. No image token is generated.
-        """
-        for name in ("prompt_embeds", "prompt_start"):  # of the model that this one assists
-            kwargs.pop(name, None)
+        """As for any model. Pictures are encoded once and put in their places among the prompt's embeddings, which are
+        then repeated, cut into chunks and continued row by row, as its tokens are. No image token is generated."""
         assistant, prompt = kwargs.get("assistant_model"), {}
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if self.has_pictures(kwargs):
@@ -1309,9 +1305,12 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             prompt = self.embed_prompt(input_ids, kwargs)
         elif isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
             cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
-            self.model.warn_of_image_tokens(input_ids[:, 0 if cache is None else int(cache.get_seq_length()) :], None)
-        if assistant is None:  # which sees the pictures for itself
-            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
+            cached, mask = 0 if cache is None else int(cache.get_seq_length()), kwargs.get("attention_mask")
+            total = (mask if getattr(mask, "ndim", 0) == 2 else input_ids).shape[1]
+            self.model.warn_of_image_tokens(input_ids[:, cached - total :], None)
+        # An assistant sees the pictures for itself, and gets by name what the model that it assists made of them.
+        dropped = ("prompt_embeds", "prompt_start", *(self._picture_inputs if assistant is None else ()))
+        kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
         logits_processor = [*(logits_processor or []), NoImageTokens([self.config.image_token_id], self.device)]
         logits_processor = LogitsProcessorList(logits_processor)
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs, **prompt)
@@ -1333,7 +1332,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             self.config.text_config.check_token_ids(input_ids)
         embeds = self.get_input_embeddings()(input_ids) if given is None else given
         mask = self.model.get_image_token_mask(input_ids if given is None else None, given)
-        start = attention_mask.shape[1] - mask.shape[1] if isinstance(attention_mask, torch.Tensor) else 0
+        start = attention_mask.shape[1] - mask.shape[1] if getattr(attention_mask, "ndim", 0) == 2 else 0
         cache = one_cache(model_inputs.get("cache"), model_inputs.get("past_key_values"))
         cached = 0 if cache is None else max(int(cache.get_seq_length()) - start, 0)
         if cached == 0 or mask[:, cached:].any():
@@ -1372,7 +1371,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         if prompt_embeds is not None:
             input_ids = model_inputs["input_ids"]
             num_new, length = input_ids.shape[1], prompt_embeds.shape[1]
-            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            if getattr(attention_mask, "ndim", 0) == 2:
                 start = attention_mask.shape[1] - num_new - prompt_start
             else:
                 start = 0 if cache is None else int(cache.get_seq_length()) - prompt_start

@@ -1,3 +1,4 @@
+import copy
 import inspect
 
 import pytest
@@ -273,6 +274,10 @@ def test_pictures_that_were_forgotten_in_a_later_turn_are_warned_of(model, batch
     cache = DynamicCache(config=model.config)
     answer = model.generate(**first, **GREEDY, cache=cache)
     assert not warned
-    ids = torch.cat([answer, row_alone(batch, 1)["input_ids"]], 1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, cache=cache)
-    assert any("no pictures are given" in text for text in warned)
+    new = row_alone(batch, 1)["input_ids"]
+    ids = torch.cat([answer, new], 1)
+    for given in (ids, new):  # all tokens, or the new ones alone
+        warned.clear()
+        again = copy.deepcopy(cache)
+        model.generate(given, attention_mask=torch.ones_like(ids), **GREEDY, cache=again)
+        assert any("no pictures are given" in text for text in warned)
