@@ -274,9 +274,8 @@ def test_pictures_that_were_forgotten_in_a_later_turn_are_warned_of(model, batch
     cache = DynamicCache(config=model.config)
     answer = model.generate(**first, **GREEDY, cache=cache)
     assert not warned
-    new = row_alone(batch, 1)["input_ids"]
-    ids = torch.cat([answer, new], 1)
-    for given in (ids, new):  # all tokens, or the new ones alone
+    ids = torch.cat([answer, row_alone(batch, 1)["input_ids"]], 1)
+    for given in (ids, ids[:, cache.get_seq_length() :]):  # all tokens, or those alone that the cache does not hold
         warned.clear()
         again = copy.deepcopy(cache)
         model.generate(given, attention_mask=torch.ones_like(ids), **GREEDY, cache=again)
