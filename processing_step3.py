@@ -14,6 +14,7 @@
 """Pictures and prompts of Step3-VL: how a picture is viewed and cut, and the tokens it takes in the text."""
 
 import base64
+import json
 import math
 import os
 import struct
@@ -77,24 +78,101 @@ CHAT_TEMPLATE = """\
 {{- bos_token if bos_token is defined and bos_token else '' }}
 {%- macro text_of(content) %}
 {%- if content is string %}{{ content }}
+{%- elif content is not defined or content is not iterable or content is mapping %}
+{{- raise_exception('The content of a message must be a string or a list of parts.') }}
 {%- else %}
 {%- for part in content %}
 {%- if part['type'] in ('image', 'image_url') %}{{ '<im_patch>' }}
 {%- elif part['type'] == 'text' %}{{ part['text'] }}
+{%- else %}
+{{- raise_exception('A part of a message must be of type text or image, not ' ~ (part['type'] or part) ~ '.') }}
 {%- endif %}
 {%- endfor %}
 {%- endif %}
 {%- endmacro %}
+{%- macro quoted(name) %}
+{%- if name is not string or '"' in name %}
+{{- raise_exception('A tool and its arguments are called by strings without a quotation mark, not ' ~ name ~ '.') }}
+{%- endif %}
+{{- '"' ~ name ~ '"' }}
+{%- endmacro %}
+{%- macro steps(call) %}
+{%- set call = call.function if call.function is defined else call %}
+{%- set arguments = call.arguments or {} %}
+{%- if arguments is not mapping %}
+{{- raise_exception('The arguments of a tool call must be a mapping, not ' ~ arguments ~ '.') }}
+{%- endif %}
+{{- '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name=' ~ quoted(call.name) ~ '>' }}
+{%- for key, value in arguments | items %}
+{%- set value = value if value is string else value | tojson %}
+{%- if '</steptml:parameter>' in value %}
+{{- raise_exception('The argument ' ~ key ~ ' of a tool call holds the mark of its own end.') }}
+{%- endif %}
+{{- '<steptml:parameter name=' ~ quoted(key) ~ '>' ~ value ~ '</steptml:parameter>' }}
+{%- endfor %}
+{{- '</steptml:invoke><｜tool_call_end｜>' }}
+{%- endmacro %}
+{%- macro answer(message) %}
+{%- if message.function_call %}
+{{- raise_exception('A call belongs in tool_calls; function_call is not known.') }}
+{%- endif %}
+{%- set reasoning = message.reasoning_content or message.reasoning %}
+{%- if reasoning %}{{ '<think>' ~ reasoning ~ '</think>' }}{% endif %}
+{%- if (message.content is defined and message.content is not none) or not (reasoning or message.tool_calls) %}
+{{- text_of(message.content) }}
+{%- endif %}
+{%- if message.tool_calls %}
+{{- '<｜tool_calls_begin｜>' }}
+{%- for call in message.tool_calls %}{{ steps(call) }}{% endfor %}
+{{- '<｜tool_calls_end｜>' }}
+{%- endif %}
+{%- endmacro %}
+{%- if messages and messages[0].role in ('system', 'developer') %}{{ text_of(messages[0].content) }}{% endif %}
+{%- if tools %}
+{{- '\\n\\n' if messages and messages[0].role in ('system', 'developer') else '' }}
+{{- 'You can call these functions, described in JSON:\\n' }}
+{%- for tool in tools %}{{ tool | tojson ~ '\\n' }}{% endfor %}
+{{- 'A call is written like this, with one parameter element for each argument:\\n' }}
+{{- '<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="FUNCTION">' }}
+{{- '<steptml:parameter name="ARGUMENT">VALUE</steptml:parameter>' }}
+{{- '</steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>' }}
+{%- endif %}
 {%- for message in messages %}
-{%- if message['role'] == 'system' and loop.first %}{{ text_of(message['content']) }}
-{%- elif message['role'] == 'assistant' %}
+{%- set role = 'system' if message.role == 'developer' else message.role %}
+{%- if role == 'assistant' %}
 {{- '<|BOT|>assistant\\n' }}
-{%- generation %}{{ text_of(message['content']) }}{{ '<|EOT|>' }}{% endgeneration %}
-{%- else %}{{ '<|BOT|>' + message['role'] + '\\n' }}{{ text_of(message['content']) }}{{ '<|EOT|>' }}
+{%- generation %}{{ answer(message) }}{{ '<|EOT|>' }}{% endgeneration %}
+{%- elif role not in ('system', 'user', 'tool') %}
+{{- raise_exception('A message is of the system, user, assistant or tool, not of ' ~ role ~ '.') }}
+{%- elif role != 'system' or not loop.first %}
+{{- '<|BOT|>' ~ role ~ '\\n' ~ text_of(message.content) ~ '<|EOT|>' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|BOT|>assistant\\n' }}{% endif %}
+{%- if add_generation_prompt %}
+{{- '<|BOT|>assistant\\n' ~ ('<think>' if enable_thinking is defined and enable_thinking else '') }}
+{%- endif %}
 """
+# What `parse_response` reads an answer by: the marks of the template above, which are the released model's. Reasoning
+# may have been opened by the prompt, or not at all.
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<|BOT|>assistant\n",
+    "fields": {
+        "reasoning_content": {"open_pattern": r"<think>|\A(?=.*?</think>)", "close": "</think>"},
+        "tool_calls": {
+            "open_pattern": r"\s*(?:<｜tool_calls_begin｜>\s*)?<｜tool_call_begin｜>\s*function\s*<｜tool_sep｜>\s*"
+            r'<steptml:invoke name="(?P<name>[^"]+)">',
+            "close_pattern": r"</steptml:invoke>\s*<｜tool_call_end｜>(?:\s*<｜tool_calls_end｜>)?",
+            "content": "xml-inline",
+            "content_args": {
+                "tag_pattern": r'<steptml:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</steptml:parameter>'
+            },
+            "repeats": True,
+            "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
+        },
+        "content": {"close_pattern": r"\s*<\|EOT\|>.*", "content": "text", "repeats": True, "join": ""},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -510,6 +588,32 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
+def with_parsed_arguments(conversation):
+    """
+    The conversation, or each of several, in which the arguments of past tool calls are mappings, as templates take
+    them. OpenAI's clients give and send them back as JSON.
+
+    Raises:
+        `ValueError`: if they are strings and no JSON.
+    """
+    if isinstance(conversation, (list, tuple)):
+        return [with_parsed_arguments(entry) for entry in conversation]
+    if not isinstance(conversation, dict) or not conversation.get("tool_calls"):
+        return conversation
+
+    def parsed(call: dict) -> dict:
+        if isinstance(call.get("function"), dict):
+            return {**call, "function": parsed(call["function"])}
+        if not isinstance(call.get("arguments"), str):
+            return call
+        try:
+            return {**call, "arguments": json.loads(call["arguments"])}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The arguments of the tool call {call.get('name')!r} are no JSON: {error}.") from error
+
+    return {**conversation, "tool_calls": [parsed(call) for call in conversation["tool_calls"]]}
+
+
 class Step3VLProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: Step3VLImageProcessorKwargs
     _defaults = {}  # read by the oldest supported transformers
@@ -563,6 +667,18 @@ class Step3VLProcessor(ProcessorMixin):
             if path is None:
                 return [Step3VLImageProcessor(), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """
+        As for any processor; the arguments of past tool calls may be mappings or JSON. What the fallback template
+        cannot write is a `jinja2.TemplateError`.
+        """
+        return super().apply_chat_template(with_parsed_arguments(conversation), *args, **kwargs)
+
+    def parse_response(self, response, schema: dict | None = None, **kwargs):
+        """As for any processor; reasoning and tool calls are found by their marks if the tokenizer does not say how."""
+        schema = schema or getattr(self.tokenizer, "response_template", None) or RESPONSE_TEMPLATE
+        return super().parse_response(response, schema, **kwargs)
 
     @property
     def unused_input_names(self) -> list[str]:

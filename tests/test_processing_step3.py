@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benchmark import plain_pixels
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -265,6 +266,77 @@ def test_chat_template(processor, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     again = AutoProcessor.from_pretrained(tmp_path)
     assert again.apply_chat_template([messages[3]]) == "theirs: Sure?"
+
+
+def get_weather(city: str, days: int, options: dict, metric: bool = True):
+    """
+    Looks up the weather.
+
+    Args:
+        city: Where.
+        days: How many.
+        options: More.
+        metric: Whether in degrees Celsius.
+    """
+
+
+def test_tools_and_reasoning_round_trip(processor):
+    arguments = {"city": 'Paris <b> "é"', "days": 3, "options": {"hours": [6, 18]}, "metric": False}
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}]
+    reply = {"role": "assistant", "reasoning_content": "So\nthen.", "content": "I look.", "tool_calls": [call, call]}
+    result = {"role": "tool", "name": "get_weather", "content": "12 degrees"}
+
+    prompt = processor.apply_chat_template(
+        question, tools=[get_weather], add_generation_prompt=True, enable_thinking=True
+    )
+    assert '"name": "get_weather"' in prompt and prompt.startswith("<｜begin▁of▁sentence｜>Be brief.\n\n")
+    told = processor.apply_chat_template([*question, reply, result], tools=[get_weather], add_generation_prompt=True)
+    assert told.startswith(prompt) and told.endswith("<|BOT|>tool\n12 degrees<|EOT|><|BOT|>assistant\n")
+    written = (
+        "<｜tool_call_begin｜>function<｜tool_sep｜>"
+        '<steptml:invoke name="get_weather"><steptml:parameter name="city">Paris <b> "é"</steptml:parameter>'
+        '<steptml:parameter name="days">3</steptml:parameter>'
+        '<steptml:parameter name="options">{"hours": [6, 18]}</steptml:parameter>'
+        '<steptml:parameter name="metric">false</steptml:parameter></steptml:invoke><｜tool_call_end｜>'
+    )
+    answer = told[len(prompt) :].split("<|BOT|>")[0]
+    assert answer == f"So\nthen.</think>I look.<｜tool_calls_begin｜>{written}{written}<｜tool_calls_end｜><|EOT|>"
+
+    assert processor.parse_response(answer, prefix=prompt, tools=[get_weather]) == reply
+    ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    assert processor.parse_response([ids], prefix=prompt, tools=[get_weather]) == [reply]
+    # Without types the values are the text that was written, and reasoning may end that nothing began.
+    untyped = processor.parse_response(answer, prefix="")
+    assert untyped["reasoning_content"] == "So\nthen." and untyped["content"] == "I look."
+    assert untyped["tool_calls"][1]["function"]["arguments"]["days"] == "3"
+    assert processor.parse_response("Noise.<|EOT|>", prefix="") == {"role": "assistant", "content": "Noise."}
+
+    # As OpenAI's clients send it.
+    call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
+    sent = {"role": "assistant", "content": None, "tool_calls": [call]}
+    assert written in processor.apply_chat_template([*question, sent])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "video", "video": "film.mp4"}]},
+        {"role": "user", "content": ["What?"]},
+        {"role": "user", "content": None},
+        {"role": "user"},
+        {"role": "narrator", "content": "Night falls."},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": "", "function_call": {"name": "get_weather", "arguments": "{}"}},
+        {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": "{"}]},
+        {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": [1]}]},
+        {"role": "assistant", "tool_calls": [{"name": 'get"weather', "arguments": {}}]},
+        {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "</steptml:parameter>"}}]},
+    ],
+)
+def test_what_the_fallback_template_cannot_write_is_refused(processor, message):
+    with pytest.raises((TemplateError, ValueError), match="message|function_call|tool"):
+        processor.apply_chat_template([message])
 
 
 @pytest.mark.parametrize(
