@@ -56,6 +56,11 @@ def gathers_uneven_outputs() -> bool:
     return "validate_param" not in vars(ColwiseParallel)
 
 
+def is_updated_by_attention(cache) -> bool:
+    """5.19: the paged cache of continuous batching is updated as others are; before, its attention functions do it."""
+    return not (cache is None or isinstance(cache, Cache) or "kwargs" in inspect.signature(cache.update).parameters)
+
+
 # 5.19: experts on several ranks are sent their tokens; before, an expert-parallel plan stands in for the
 # tensor-parallel one instead of going beside it.
 DISPATCHES_TOKENS = "ep_size" in inspect.signature(DistributedConfig).parameters

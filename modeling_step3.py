@@ -65,6 +65,7 @@ from .configuration_step3 import (
     check_tensors,
     check_values,
     gathers_uneven_outputs,
+    is_updated_by_attention,
     num_image_tokens,
 )
 
@@ -205,13 +206,13 @@ class Step3TextAttention(Rewritable):
         query_states = self.wq(self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
         key_states = key_states.view(hidden_shape).transpose(1, 2)
         value_states = value_states.view(hidden_shape).transpose(1, 2)
-
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
-        if cache is not None:
+        if is_updated_by_attention(cache):
+            kwargs["cache"] = cache
+        elif cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
-
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, image_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
@@ -62,6 +62,8 @@ OVERSHOOT, AMBIGUOUS = 0.1, 3
 # In a picture's `info`: its 8 bits stand for [0, 1], and nothing will rescale them.
 UNIT_RANGE = "step3_unit_range"
 
+# What PIL's plugins raise for a broken file beside the OSError and ValueError that they document.
+BROKEN_FILE = (SyntaxError, IndexError, KeyError, EOFError, OverflowError, struct.error)
 # What PIL raises for metadata that are not what they should be.
 UNREADABLE_METADATA = (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, struct.error)
 
@@ -268,8 +270,8 @@ def upright(image: Image.Image) -> Image.Image:
     """
     try:
         image.load()
-    except SyntaxError as error:  # what PIL raises for a broken chunk
-        raise OSError(f"The picture cannot be read: {error}.") from None
+    except BROKEN_FILE as error:
+        raise OSError(f"The picture cannot be read: {error}.") from error
     try:
         # Turned only if need be, as it is copied.
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
@@ -437,19 +439,37 @@ class Step3VLImageProcessor(PilBackend):
         return self.plan(width, height, **(images_kwargs or {})).num_patches
 
     def fetch_images(self, image_url_or_urls):
-        """Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are."""
-        if isinstance(image_url_or_urls, (str, Path)) and os.path.isfile(image_url_or_urls):
-            with Image.open(image_url_or_urls) as image:
-                return upright(image)
-        if isinstance(image_url_or_urls, Path):
-            raise FileNotFoundError(f"There is no picture at {image_url_or_urls}.")
-        if isinstance(image_url_or_urls, str) and image_url_or_urls.startswith("data:image/"):
-            with Image.open(BytesIO(base64.b64decode(image_url_or_urls.partition(",")[2]))) as image:
-                return upright(image)
+        """
+        Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are.
+
+        Raises:
+            `OSError`: if one is not there or cannot be read.
+            `ValueError`: if a string is neither a URL nor a path nor base64.
+        """
+        source = image_url_or_urls
+        if not isinstance(source, (str, Path)):
+            return super().fetch_images(source)
+        if isinstance(source, Path) or os.path.isfile(source):
+            file = source
+        elif source.startswith(("http://", "https://")):
+            client = getattr(image_utils, "httpx", None)  # what transformers itself fetches pictures with
+            if client is None:
+                return super().fetch_images(source)
+            try:
+                file = BytesIO(client.get(source, follow_redirects=True, timeout=60).raise_for_status().content)
+            except client.HTTPError as error:
+                raise OSError(f"The picture at {source} cannot be fetched: {error}") from error
+        else:
+            is_told = source.startswith("data:image/")
+            try:
+                file = BytesIO(base64.b64decode(source.partition(",")[2] if is_told else source, validate=not is_told))
+            except ValueError as error:
+                raise ValueError(f"A picture must be a URL, a path or base64, got {source[:80]!r}: {error}.") from error
         try:
-            return super().fetch_images(image_url_or_urls)
-        except SyntaxError as error:
-            raise OSError(f"The picture cannot be read: {error}.") from None
+            with Image.open(file) as image:
+                return upright(image)
+        except BROKEN_FILE as error:
+            raise OSError(f"The picture cannot be read: {error}.") from error
 
     def process_image(
         self,

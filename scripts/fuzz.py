@@ -6,6 +6,7 @@ python scripts/fuzz.py --seed 1234 --count 1
 """
 
 import argparse
+import base64
 import copy
 import dataclasses
 import io
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from step3_vl.checkpoint_step3 import CACHE_NAME
 DOCUMENTED = {
     "config": (StrictDataclassError, ValueError),
     "processor": (StrictDataclassError, ValueError, TypeError, OSError, OverflowError, Image.DecompressionBombError),
+    "metadata": (ValueError, OSError),
     "model": (ValueError, TypeError),
     "decode": (ValueError, TypeError),
 }
@@ -154,6 +157,41 @@ def odd_call(choose: random.Random, processor: Step3VLProcessor):
             raise AssertionError(f"{found} image tokens for {views} image features")
 
 
+def odd_metadata(choose: random.Random, processor: Step3VLProcessor):
+    """A file with metadata of random bytes; where PIL shows its pixels, so do we."""
+    body = choose.randbytes(choose.choice([0, 1, 2, 4, 8, 12, 26, 60, 300]))
+    body = (
+        choose.choice([b"", b"Exif\0\0", b"II*\0", b"MM\0*", b"Exif\0\0II*\0\x08\0\0\0", b"key\0", b"key\0\0"]) + body
+    )
+    file, picture = io.BytesIO(), Image.new(choose.choice(["RGB", "L", "RGBA", "P", "LA"]), (31, 57), 7)
+    kind = choose.choice(["PNG", "PNG", "JPEG", "WEBP", "GIF"])
+    if kind == "PNG":
+        picture.save(file, kind)
+        chunk = choose.choice(
+            [b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tRNS"]
+        )
+        data, chunk = file.getvalue(), chunk + body
+        place = choose.choice([33, len(data) - 12])  # before the pixels, or after them
+        chunk = (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        data = data[:place] + chunk + data[place:]
+    else:
+        name = choose.choice(["exif", "icc_profile", "comment"])
+        # PIL itself looks for a header in the EXIF that it writes.
+        picture.convert("RGB").save(file, kind, **{name: b"Exif\0\0II*\0" + body if name == "exif" else body})
+        data = file.getvalue()
+    try:
+        Image.open(io.BytesIO(data)).load()
+        is_shown = True
+    except Exception:  # whatever PIL makes of it, ours is the documented one
+        is_shown = False
+    try:
+        processor(text="<im_patch>", images=base64.b64encode(data).decode())
+    except Exception as error:
+        if is_shown:
+            raise AssertionError(f"a picture that PIL shows is refused: {error!r}") from error
+        raise
+
+
 class Models:
     """A model, good inputs, and the answers that it must still give after any failed call."""
 
@@ -271,6 +309,8 @@ def fuzz(seed: int, processor: Step3VLProcessor, models: Models) -> str | None:
                 odd_config(choose)
             elif door == "processor":
                 odd_call(choose, processor)
+            elif door == "metadata":
+                odd_metadata(choose, processor)
             elif door == "model":
                 odd_forward(choose, models)
             else:

@@ -149,6 +149,7 @@ def make_random_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|EOT|>")],
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=processor.image_token_ids,
     )
     save_whole(directory, model, processor)
 

@@ -43,7 +43,7 @@ TEXT = {
     "moe_num_experts": 8,
     "moe_top_k": 3,
     "moe_intermediate_size": 64,
-    "share_expert_dim": 96,
+    "share_expert_dim": 128,
     "moe_layers_enum": "1,2,3",
     "max_position_embedding": 2048,
     "max_seq_len": 2048,
@@ -87,6 +87,7 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
         eos_token_id=[special["eos_token_id"], tokenizer.convert_tokens_to_ids("<|EOT|>")],
         pad_token_id=special["pad_token_id"],
         max_new_tokens=64,
+        suppress_tokens=processor.image_token_ids,
     )
     return model, processor
 

@@ -34,6 +34,19 @@ def png(picture: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
     return head + data
 
 
+@functools.cache
+def served(folder: Path) -> str:
+    """The address at which a folder's files are there until the tests end."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
 def golden_picture(width, height) -> Image.Image:
     y, x, c = np.mgrid[:height, :width, :3]
     return Image.fromarray(((7 * x + 13 * y + 29 * c + (x * y) // 17) % 256).astype(np.uint8))
@@ -128,12 +141,6 @@ def test_every_way_to_give_a_picture(tmp_path):
     path.write_bytes(png(picture))
     encoded = base64.b64encode(png(picture)).decode()
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     ways = {
         "array": pixels,
         "channels first": pixels.transpose(2, 0, 1),
@@ -142,7 +149,7 @@ def test_every_way_to_give_a_picture(tmp_path):
         "whole bfloat16": torch.from_numpy(pixels.astype(np.float32)).bfloat16(),
         "path": str(path),
         "Path": path,
-        "url": f"http://127.0.0.1:{server.server_port}/picture.png",
+        "url": f"{served(tmp_path)}/picture.png",
         "base64": encoded,
         "data url": f"data:image/png;base64,{encoded}",
     }
@@ -150,7 +157,6 @@ def test_every_way_to_give_a_picture(tmp_path):
         fetched = image_processor.fetch_images([[given]])
         assert torch.equal(image_processor(fetched, return_tensors="pt")["pixel_values"], expected), way
         assert torch.equal(image_processor(given, return_tensors="pt")["pixel_values"], expected), way
-    server.shutdown()
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -449,7 +455,9 @@ def test_unreadable_metadata_do_not_stop_a_readable_picture(tmp_path):
     data = png(Image.fromarray(RAMP), (b"eXIf", b"no exif at all"))
     (tmp_path / "picture.png").write_bytes(data)
     assert torch.equal(pixels_of(Image.open(io.BytesIO(data))), expected)
-    assert torch.equal(pixels_of(Step3VLImageProcessor().fetch_images(str(tmp_path / "picture.png"))), expected)
+    fetch = Step3VLImageProcessor().fetch_images
+    for source in (str(tmp_path / "picture.png"), base64.b64encode(data).decode(), f"{served(tmp_path)}/picture.png"):
+        assert torch.equal(pixels_of(fetch(source)), expected)
     turned = io.BytesIO()
     exif = Image.Exif()
     exif[274] = 6  # orientation: to be turned by 90 degrees
@@ -465,8 +473,15 @@ def test_a_broken_picture_is_an_os_error(tmp_path, broken):
     data[place : place + 4] = b"\0\1\2\3"
     (tmp_path / "broken.png").write_bytes(data)
     processor = Step3VLImageProcessor()
-    with pytest.raises(OSError):
-        processor.fetch_images(str(tmp_path / "broken.png"))
+    sources = (str(tmp_path / "broken.png"), base64.b64encode(data).decode())
+    for source in (*sources, f"{served(tmp_path)}/broken.png", f"{served(tmp_path)}/nothing.png"):
+        with pytest.raises(OSError):
+            processor.fetch_images(source)
+
+
+def test_a_name_of_no_picture_is_a_value_error():
+    with pytest.raises(ValueError, match="must be a URL, a path or base64, got 'nowhere.png'"):
+        Step3VLImageProcessor().fetch_images("nowhere.png")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from test_saving import released_name_shapes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from step3_vl import Step3VLConfig
+from step3_vl.processing_step3 import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,20 @@ def test_the_checkpoint_is_whole():
     config = json.loads((TINY / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"] == "modeling_step3.Step3VLForConditionalGeneration"
     assert config["text_config"]["moe_layers_enum"] == "1,2,3" and config["text_config"]["moe_num_experts"] == 8
+    assert (TINY / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     weights = load_file(TINY / "model.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     assert shapes == released_name_shapes(Step3VLConfig.from_pretrained(TINY))
+
+
+def test_no_token_of_a_picture_is_generated(tiny, processor):
+    messages = [{"role": "user", "content": "Describe this picture."}]
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    options = {"do_sample": True, "temperature": 1e4, "top_k": 0, "min_new_tokens": 500, "max_new_tokens": 500}
+    tokens = tiny.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    assert not torch.isin(tokens, torch.tensor(processor.image_token_ids)).any()
 
 
 @pytest.mark.releases
