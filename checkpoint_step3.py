@@ -11,8 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, experts that were saved one by one,
-and rewrites of a loaded model. Nothing here computes anything of the model.
+"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, experts one by one, in files and as
+modules, and rewrites of a loaded model.
 """
 
 # Names of transformers that its documentation does not promise. Each is looked up where it is needed, so that a release
@@ -44,6 +44,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 import transformers
@@ -252,6 +253,8 @@ FP8_RENAMING = WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.
 
 # A routed expert's weight as llm-compressor and others save it, and what belongs to it.
 SINGLE_EXPERT = re.compile(r"(?P<moe>.*\.moe\.)experts\.(?P<number>\d+)\.(?P<rest>(?:gate|up|down)_proj\..+)")
+# The weights of all experts, or their scales, as the release has them.
+STACKED_EXPERTS = re.compile(r"(?P<moe>.*\.moe\.)(?P<rest>(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
 class DequantizedWeight:
@@ -278,6 +281,11 @@ class DequantizedWeight:
         return output[index]
 
 
+def shape_of(weight) -> list[int]:
+    """The shape of a tensor, or of a slice of a file."""
+    return list(weight.shape) if isinstance(weight, torch.Tensor) else weight.get_shape()
+
+
 class StackedWeight:
     """Weights of single experts as the one that holds them all, (experts, rows, columns); read when it is indexed."""
 
@@ -285,10 +293,26 @@ class StackedWeight:
         self.parts = parts
 
     def get_shape(self) -> list[int]:
-        return [len(self.parts), *self.parts[0].get_shape()]
+        return [len(self.parts), *shape_of(self.parts[0])]
 
     def __getitem__(self, index) -> torch.Tensor:
         return torch.stack([part[...] for part in self.parts])[index]
+
+
+class ExpertWeight:
+    """A single expert's part of a weight that holds all of them; read when it is indexed."""
+
+    def __init__(self, stacked, number: int):
+        self.stacked, self.number = stacked, number
+
+    def get_shape(self) -> list[int]:
+        return shape_of(self.stacked)[1:]
+
+    def get_dtype(self) -> str | torch.dtype:
+        return self.stacked.dtype if isinstance(self.stacked, torch.Tensor) else self.stacked.get_dtype()
+
+    def __getitem__(self, index) -> torch.Tensor:
+        return self.stacked[self.number][index]
 
 
 def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
@@ -312,10 +336,63 @@ def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any
     for name, parts in experts.items():
         if parts.keys() != set(range(num_experts)):
             raise ValueError(f"{name} must be there for experts 0 to {num_experts - 1}, got {sorted(parts)}.")
-        if len(shapes := {tuple(part.get_shape()) for part in parts.values()}) > 1:
+        if len(shapes := {tuple(shape_of(part)) for part in parts.values()}) > 1:
             raise ValueError(f"{name} must have one shape for all experts, got {sorted(shapes)}.")
         stacked[name] = StackedWeight([parts[number] for number in range(num_experts)])
     return stacked
+
+
+def unstack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
+    """
+    The same weights, with those of all experts under the names and in the shapes of single ones.
+
+    Raises:
+        `ValueError`: if a weight is not of `num_experts`.
+    """
+    single = {}
+    for name, weight in weights.items():
+        if (match := STACKED_EXPERTS.fullmatch(name)) is None:
+            single[name] = weight
+            continue
+        if (shape := shape_of(weight))[0] != num_experts:
+            raise ValueError(f"{name} must hold {num_experts} experts, got the shape {shape}.")
+        for number in range(num_experts):
+            single[f"{match['moe']}experts.{number}.{match['rest']}"] = ExpertWeight(weight, number)
+    return single
+
+
+class LinearExperts(nn.ModuleList):
+    """
+    The routed experts as gated MLPs of linear layers, the experts implementation `"linear"`: what quantisers and
+    adapters that know `nn.Linear` alone can reach. Which of them have tokens is asked of the device in each layer.
+    """
+
+    def __init__(self, config, expert: Callable[[Any, int], nn.Module]):
+        super().__init__(expert(config, config.moe_intermediate_size) for _ in range(config.moe_num_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """From `hidden_states` (tokens, hidden_size), the chosen experts and their weights, both (tokens, top_k)."""
+        output = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == number)
+            states = self[number](hidden_states[token]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, states.to(output.dtype))
+        return output
+
+
+def has_linear_experts(model: nn.Module) -> bool:
+    return any(isinstance(module, LinearExperts) for module in model.modules())
+
+
+def wants_linear_experts(config) -> bool:
+    """Whether the config asks for a quantisation of `nn.Linear` alone: any but block-fp8, which has stacked experts."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return False
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return getattr(method, "value", method) != "fp8"
 
 
 def dequantize(weights: Mapping[str, Any], block_size: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -376,6 +453,29 @@ class Step3Checkpoint:
     # Not the attribute that transformers asks for, which is handed on to models that this one is a part of.
     keys_of_other_parts: tuple[str, ...] = ()
 
+    def __init__(self, config, *args, **kwargs):
+        if hasattr(config, "quantization_config") and not hasattr(PreTrainedModel, "_load_pretrained_model"):
+            raise lacking("PreTrainedModel._load_pretrained_model", "Reading quantised weights")
+        if config._experts_implementation is None and wants_linear_experts(config):
+            config._experts_implementation = "linear"
+        super().__init__(config, *args, **kwargs)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """
+        As for any model; experts are linear layers, or not, from the beginning.
+
+        Raises:
+            `ValueError`: if an existing model's are to become so, or to be so no longer.
+        """
+        is_linear = requested_experts == "linear"
+        is_built = any(hasattr(module, "experts") for module in self.modules())
+        if is_built and is_linear != has_linear_experts(self):
+            raise ValueError(
+                "Experts are made linear layers, or stacked, when a model is loaded: "
+                f"`from_pretrained(..., experts_implementation={requested_experts!r})`."
+            )
+        return requested_experts if is_linear else super().get_correct_experts_implementation(requested_experts)
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """
@@ -399,11 +499,12 @@ class Step3Checkpoint:
         """
         What `from_pretrained` reads weights with. Block-fp8 weights are kept or dequantised, as transformers' quantiser
         decides by the device; what a checkpoint holds in another type is not made fp8. Experts that were saved one by
-        one are stacked. Everything else is read as it is by transformers.
+        one are stacked, and stacked ones are read one by one for a model that has them as linear layers. Everything
+        else is read as it is by transformers.
 
         Raises:
             `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if experts are
-            missing.
+            missing, or are linear layers and to be split over ranks.
         """
 
         def load(state_dict, checkpoint_files, load_config):
@@ -416,14 +517,29 @@ class Step3Checkpoint:
         quantizer = load_config.hf_quantizer
         settings = getattr(quantizer, "quantization_config", None)
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
-        if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
-            return load(state_dict, checkpoint_files, load_config)
+        num_experts = getattr(model.config.get_text_config(), "moe_num_experts", None)
+        is_linear = has_linear_experts(model)
+        if is_linear and load_config.device_mesh is not None:
+            raise ValueError('`experts_implementation="linear"` cannot be split over ranks; use `device_map`.')
         with ExitStack() as stack:
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint_files]
-            weights = {name: file.get_slice(name) for file in files for name in file.keys()}
-            num_experts = getattr(model.config.get_text_config(), "moe_num_experts", None)
-            has_single_experts = num_experts is not None and any(map(SINGLE_EXPERT.fullmatch, weights))
+            weights = dict(state_dict or {})
+            for path in checkpoint_files or ():
+                if str(path).endswith(".safetensors"):
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    weights |= {name: file.get_slice(name) for name in file.keys()}
+                elif str(path).endswith(".bin"):
+                    options = {
+                        "map_location": "cpu",
+                        "mmap": is_zipfile(path),
+                        "weights_only": load_config.weights_only,
+                    }
+                    weights |= torch.load(path, **options)
+            is_changed = num_experts is not None and any(
+                (STACKED_EXPERTS if is_linear else SINGLE_EXPERT).fullmatch(name) for name in weights
+            )
             is_dequantized = is_fp8 and settings.dequantize
+            if is_changed and is_linear:
+                weights = unstack_experts(weights, num_experts)
             if is_fp8 and not is_dequantized:
                 load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
                 take_back_unquantized(model, weights, load_config)
@@ -433,11 +549,24 @@ class Step3Checkpoint:
                 converters = [entry for entry in mapping(model) if isinstance(entry, WeightConverter)]
                 load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
                 weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
-            if has_single_experts:
+            if is_changed and not is_linear:
                 weights = stack_experts(weights, num_experts)
-            if is_dequantized or has_single_experts:
+            if is_dequantized or is_changed:
                 return load(weights, None, load_config)
         return load(state_dict, checkpoint_files, load_config)
+
+    def save_pretrained(self, save_directory, *args, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
+        """
+        As for any model. Experts that are linear layers are saved as the release has them if they are not quantised and
+        have no adapters, and one by one otherwise.
+        """
+        if has_linear_experts(self) and getattr(self, "hf_quantizer", None) is None:
+            weights = self.state_dict() if state_dict is None else state_dict
+            experts = [match for match in map(SINGLE_EXPERT.fullmatch, weights) if match is not None]
+            if experts and all(match["rest"].endswith("_proj.weight") for match in experts):
+                weights = stack_experts(weights, self.config.get_text_config().moe_num_experts)
+                state_dict = {name: w[...] if isinstance(w, StackedWeight) else w for name, w in weights.items()}
+        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
@@ -464,6 +593,9 @@ class Step3Checkpoint:
             for rewrite, module in applied:
                 rewrite.apply(module)
             return result
+        if has_linear_experts(self):
+            weights = unstack_experts(state_dict, self.config.get_text_config().moe_num_experts)
+            state_dict = {name: w[...] if isinstance(w, ExpertWeight) else w for name, w in weights.items()}
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)

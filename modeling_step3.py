@@ -49,12 +49,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .checkpoint_step3 import (
     CACHE_NAME,
     REWRITES,
+    LinearExperts,
     Rewritable,
     Step3Checkpoint,
     Step3GenerationInputs,
     Step3Rewritable,
     find,
-    lacking,
     need,
     one_cache,
 )
@@ -347,7 +347,8 @@ class Step3TextMoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Step3TextTopKRouter(config)
-        self.experts = Step3TextExperts(config)
+        is_linear = config._experts_implementation == "linear"
+        self.experts = LinearExperts(config, Step3TextMLP) if is_linear else Step3TextExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = hidden_states.dtype
@@ -425,8 +426,6 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
     def __init__(self, config: Step3VLConfig, *args, **kwargs):
         if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
-        if hasattr(config, "quantization_config") and not hasattr(PreTrainedModel, "_load_pretrained_model"):
-            raise lacking("PreTrainedModel._load_pretrained_model", "Reading quantised weights")
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
