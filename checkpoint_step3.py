@@ -315,23 +315,29 @@ class ExpertWeight:
         return self.stacked[self.number][index]
 
 
+def refuse_quantized_experts(names: Iterable[str]) -> None:
+    """Raises a `ValueError` if single experts are in a quantised form other than block-fp8."""
+    for name in names:
+        match = SINGLE_EXPERT.fullmatch(name)
+        if match is not None and not match["rest"].endswith((".weight", ".weight_scale_inv")):
+            raise ValueError(
+                f"{name} belongs to experts in a quantised form, of which `quantization_config` in config.json says "
+                "nothing: such experts cannot be read."
+            )
+
+
 def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
     """
     The same weights, with those of single experts under the names and in the shapes of the released layout.
 
     Raises:
-        `ValueError`: if an expert is missing or there are more than `num_experts`, or if they are quantised in a way
-        that is not block-fp8.
+        `ValueError`: if an expert is missing or there are more than `num_experts`.
     """
     stacked, experts = {}, {}
     for name, weight in weights.items():
         if (match := SINGLE_EXPERT.fullmatch(name)) is None:
             stacked[name] = weight
             continue
-        if not match["rest"].endswith((".weight", ".weight_scale_inv")):
-            raise ValueError(
-                f"{name} belongs to experts in a quantised form that is not block-fp8: such experts cannot be read."
-            )
         experts.setdefault(match["moe"] + match["rest"], {})[int(match["number"])] = weight
     for name, parts in experts.items():
         if parts.keys() != set(range(num_experts)):
@@ -504,7 +510,7 @@ class Step3Checkpoint:
 
         Raises:
             `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if experts are
-            missing, or are linear layers and to be split over ranks.
+            missing, or quantised without a word of it in the config, or are linear layers and to be split over ranks.
         """
 
         def load(state_dict, checkpoint_files, load_config):
@@ -534,6 +540,8 @@ class Step3Checkpoint:
                         "weights_only": load_config.weights_only,
                     }
                     weights |= torch.load(path, **options)
+            if is_fp8 or quantizer is None or not quantizer.pre_quantized:
+                refuse_quantized_experts(weights)
             is_changed = num_experts is not None and any(
                 (STACKED_EXPERTS if is_linear else SINGLE_EXPERT).fullmatch(name) for name in weights
             )

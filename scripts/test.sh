@@ -10,7 +10,7 @@ fi
 environment=.venv${release:+-$release}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook
+extras=test,notebook,quantize
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"

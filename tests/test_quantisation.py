@@ -1,0 +1,222 @@
+"""Quantisers that take `nn.Linear` alone, on step3-tiny's right answers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import assert_close
+from describe import TINY
+from evaluate_tiny import answer_scenes, fresh_scenes
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
+
+from step3_vl import Step3VLForConditionalGeneration
+
+
+pytestmark = pytest.mark.releases
+
+IDS = torch.arange(1, 21)[None]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return fresh_scenes(seed=424242, count=12)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in plain_parts(getattr(tensor, name))]
+
+
+def bytes_of_experts(model) -> int:
+    parts = [plain_parts(tensor) for name, tensor in model.state_dict().items() if ".experts." in name]
+    return sum(part.numel() * part.element_size() for tensors in parts for part in tensors)
+
+
+def share_right(model, processor, scenes) -> float:
+    answers = answer_scenes(model, processor, scenes)
+    return sum(answer.is_right for answer in answers) / len(answers)
+
+
+def test_linear_experts_are_the_stacked_ones(tmp_path):
+    stacked = AutoModelForImageTextToText.from_pretrained(TINY)
+    linear, report = AutoModelForImageTextToText.from_pretrained(
+        TINY, experts_implementation="linear", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    layers = [
+        name for name, module in linear.named_modules() if type(module) is torch.nn.Linear and ".experts." in name
+    ]
+    assert len(layers) == 3 * 8 * 3
+    assert_close(logits(linear), logits(stacked))
+
+    # Saved as released, also from a state dict; read from files of either kind and from state dicts of either names.
+    released = load_file(TINY / "model.safetensors")
+    for state_dict in (None, linear.state_dict()):
+        linear.save_pretrained(tmp_path, state_dict=state_dict)
+        saved = load_file(tmp_path / "model.safetensors")
+        assert saved.keys() == released.keys() and all(torch.equal(saved[name], released[name]) for name in saved)
+    assert "linear" not in (tmp_path / "config.json").read_text()
+    torch.save(saved, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    torch.manual_seed(0)
+    fresh = Step3VLForConditionalGeneration._from_config(linear.config, experts_implementation="linear")
+    for state_dict in (linear.state_dict(), released):
+        torch.nn.init.zeros_(fresh.lm_head.weight)
+        fresh.load_state_dict(state_dict)
+        assert_close(logits(fresh.eval()), logits(stacked))
+    single = {name.replace("model.language_model.", "model."): tensor for name, tensor in linear.state_dict().items()}
+    torch.save(single, tmp_path / "single.bin")
+    for file in ("pytorch_model.bin", "single.bin"):
+        (tmp_path / file).replace(tmp_path / "pytorch_model.bin")
+        again = AutoModelForImageTextToText.from_pretrained(tmp_path, experts_implementation="linear")
+        assert_close(logits(again), logits(stacked))
+        assert_close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path)), logits(stacked))
+
+
+def test_linear_experts_train_as_the_stacked_ones():
+    models = [
+        AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=implementation)
+        for implementation in ("eager", "linear")
+    ]
+    for model in models:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    stacked, linear = (model.model.language_model.layers[1].moe.experts for model in models)
+    gate, up = stacked.gate_up_proj.grad.chunk(2, dim=1)
+    for number, expert in enumerate(linear):
+        for layer, expected in (
+            (expert.gate_proj, gate),
+            (expert.up_proj, up),
+            (expert.down_proj, stacked.down_proj.grad),
+        ):
+            actual = torch.zeros_like(expected[number]) if layer.weight.grad is None else layer.weight.grad
+            assert_close(actual, expected[number])
+
+
+def test_experts_are_linear_or_stacked_from_the_beginning():
+    for first, then in (("linear", "eager"), ("eager", "linear")):
+        model = AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=first)
+        with pytest.raises(ValueError, match=f"when a model is loaded: .*experts_implementation='{then}'"):
+            model.set_experts_implementation(then)
+
+
+def test_an_explicit_implementation_outweighs_a_quantisation():
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForImageTextToText.from_pretrained(
+        TINY, quantization_config=BitsAndBytesConfig(load_in_8bit=True), experts_implementation="eager"
+    )
+    assert model.model.language_model.layers[1].moe.experts.gate_up_proj.is_floating_point()
+
+
+def int8_weights():
+    return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize(
+    ("package", "make_config", "factor", "is_saved"),
+    [
+        ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 3.4, True),
+        ("bitsandbytes", lambda: BitsAndBytesConfig(load_in_8bit=True), 1.9, True),
+        ("torchao", int8_weights, 1.85, True),
+        ("optimum.quanto", lambda: QuantoConfig(weights="int8"), 1.9, False),
+        ("optimum.quanto", lambda: QuantoConfig(weights="int4"), 3.5, False),
+    ],
+    ids=["nf4", "bnb-int8", "torchao-int8", "quanto-int8", "quanto-int4"],
+)
+def test_experts_are_quantised_too(tmp_path, processor, scenes, package, make_config, factor, is_saved):
+    """`factor` is that of the experts' bytes, bfloat16 before; scales of step3-tiny's short rows are counted in."""
+    pytest.importorskip(package)
+    whole = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=make_config())
+    assert bytes_of_experts(whole) / bytes_of_experts(model) > factor
+    assert share_right(model, processor, scenes) >= 0.95
+    if not is_saved:
+        return
+    model.save_pretrained(tmp_path)
+    again, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert bytes_of_experts(again) == bytes_of_experts(model)
+    assert torch.equal(logits(again), logits(model))
+
+
+def save_compressed(directory, number_type: str) -> None:
+    """step3-tiny as llm-compressor saves it: the text model's layers a row at a time in 8 bits, experts one by one."""
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
+    weights = {}
+    for name, tensor in load_file(TINY / "model.safetensors").items():
+        layer, is_expert, rest = name.partition(".moe.")
+        parts = {name: tensor}
+        if is_expert and rest.endswith("_proj.weight"):
+            parts = {f"{layer}.moe.experts.{number}.{rest}": part.clone() for number, part in enumerate(tensor)}
+        for part_name, part in parts.items():
+            if "vision_model" not in name and "vit_" not in name and name.endswith(("_proj.weight", ".wq.weight")):
+                scale = part.abs().amax(1, keepdim=True) / (127 if number_type == "int" else 448)
+                weights[part_name + "_scale"] = scale
+                scaled = part / scale
+                part = scaled.round().to(torch.int8) if number_type == "int" else scaled.to(torch.float8_e4m3fn)
+            weights[part_name] = part
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    form = {"num_bits": 8, "type": number_type, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**form, "strategy": "channel", "dynamic": False},
+        "input_activations": {**form, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": f"{number_type}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*"],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("number_type", ["int", "float"])
+def test_what_llm_compressor_saves_is_read(tmp_path, processor, scenes, number_type):
+    pytest.importorskip("compressed_tensors")
+    save_compressed(tmp_path / "compressed", number_type)
+    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", output_loading_info=True)
+    assert not any(report.values()), report
+    assert share_right(model, processor, scenes) >= 0.99
+
+    # The same weights without a word of how they are quantised.
+    config = json.loads((tmp_path / "compressed" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "compressed" / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"experts_implementation": "linear"}):
+        with pytest.raises(ValueError, match="weight_scale belongs to experts in a quantised form"):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", **options)
+
+
+def test_adapters_reach_linear_experts(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation="linear")
+    config = peft.LoraConfig(target_modules=r".*\.experts\.\d+\.(gate|up|down)_proj", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, config)
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload()
+    assert (expected - logits(AutoModelForImageTextToText.from_pretrained(TINY))).abs().max() > 0.1
+    merged.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
+    assert_close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path)), expected)
