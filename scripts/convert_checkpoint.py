@@ -2,6 +2,7 @@
 
 python scripts/convert_checkpoint.py SOURCE TARGET
 python scripts/convert_checkpoint.py SOURCE TARGET --dtype bfloat16
+python scripts/convert_checkpoint.py SOURCE TARGET --dtype fp8
 python scripts/convert_checkpoint.py SOURCE --check
 """
 
@@ -23,8 +24,12 @@ from pathlib import Path
 import numpy as np
 from checkpoint_files import (
     CODE_FILES,
+    FP8_BLOCK,
+    FP8_QUANTIZATION,
+    FP8_WEIGHT,
     INDEX,
     ROOT,
+    WEIGHT_TYPES,
     WEIGHTS,
     Checkpoint,
     CheckpointError,
@@ -34,6 +39,7 @@ from checkpoint_files import (
     locate,
     read_checkpoint,
     read_json,
+    scale_shape,
     weight_block,
 )
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
@@ -130,7 +136,7 @@ def spans(path: Path, start: int, end: int) -> Iterator[Span]:
 @dataclass(frozen=True)
 class Item:
     """
-    A tensor to be written.
+    A tensor to be written as it is, in another type or dequantised.
 
     Args:
         name: Its name in the target.
@@ -147,41 +153,76 @@ class Item:
     block: tuple[int, int] | None = None
 
     @property
-    def num_bytes(self) -> int:
-        return math.prod(self.tensor.shape) * (np.dtype(NOT_FINITE[self.dtype][0]).itemsize)
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
     @property
-    def is_copied(self) -> bool:
-        return self.scale is None and self.dtype == self.tensor.dtype
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
 
     def chunks(self) -> Iterator[bytes | Span]:
         """What is to be written, a chunk at a time."""
         stored = spans(self.tensor.path, self.tensor.start, self.tensor.end)
         if self.scale is not None:
-            yield from self._dequantised()
-        elif self.is_copied:
+            import torch
+
+            dtype = getattr(torch, TORCH_NAMES[self.dtype])
+            yield from (bytes_of(rows.to(dtype)) for rows in self.rows(self.block[0]))
+        elif self.dtype == self.tensor.dtype:
             yield from stored
         else:
             yield from (cast(span.read(), self.tensor.dtype, self.dtype) for span in stored)
 
-    def _dequantised(self) -> Iterator[bytes]:
-        import torch
+    def rows(self, multiple: int) -> Iterator:
+        """
+        The tensor's matrices, dequantised if it has scales, some rows at a time: (rows, columns), float32. All but a
+        matrix's last are a multiple of `multiple` rows, and `multiple` one of a block's.
+        """
+        from block_fp8 import spread
 
         *experts, rows, columns = self.tensor.shape
-        height, width = self.block
-        scale = Span(self.scale.path, self.scale.start, self.scale.end).read()
-        scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
-        position = self.tensor.start
-        step = height * max(CHUNK // (4 * height * max(columns, 1)), 1)
+        position, width = self.tensor.start, WEIGHT_TYPES[self.tensor.dtype] * columns
+        step = multiple * max(CHUNK // (4 * multiple * max(columns, 1)), 1)
+        if self.scale is not None:
+            scale = Span(self.scale.path, self.scale.start, self.scale.end).read()
+            scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
         for expert in range(math.prod(experts)):
             for row in range(0, rows, step):
                 count = min(step, rows - row)
-                stored = Span(self.tensor.path, position, position + count * columns)  # a byte an element
+                stored = Span(self.tensor.path, position, position + count * width)
                 position = stored.end
-                weight = tensor_of(stored.read(), self.tensor.dtype).view(count, columns)
-                blocks = scale[expert, row // height : -(-(row + count) // height)]
-                factors = blocks.repeat_interleave(height, 0)[:count].repeat_interleave(width, 1)[:, :columns]
-                yield bytes_of((weight.float() * factors).to(getattr(torch, TORCH_NAMES[self.dtype])))
+                weight = tensor_of(stored.read(), self.tensor.dtype).view(count, columns).float()
+                if self.scale is not None:
+                    blocks = scale[expert, row // self.block[0] : -(-(row + count) // self.block[0])]
+                    weight *= spread(blocks, self.block, weight.shape)
+                yield weight
+
+
+class QuantizedItem(Item):
+    """A tensor to be quantised, by the released blocks; it may come from others."""
+
+    def chunks(self) -> Iterator[bytes]:
+        from block_fp8 import choose_scales, quantize
+
+        for rows in self.blocks():
+            yield bytes_of(quantize(rows, choose_scales(rows, FP8_BLOCK), FP8_BLOCK))
+
+    def blocks(self) -> Iterator:
+        return self.rows(math.lcm(FP8_BLOCK[0], self.block[0] if self.block else 1))
+
+
+class ScaleItem(QuantizedItem):
+    """The scales of a tensor to be quantised."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return scale_shape(self.tensor.shape, FP8_BLOCK)
+
+    def chunks(self) -> Iterator[bytes]:
+        from block_fp8 import choose_scales
+
+        for rows in self.blocks():
+            yield bytes_of(choose_scales(rows, FP8_BLOCK))
 
 
 @dataclass(frozen=True)
@@ -226,7 +267,7 @@ def header_of(items: list[Item]) -> bytes:
     header, position = {"__metadata__": {"format": "pt"}}, 0
     for item in items:
         end = position + item.num_bytes
-        header[item.name] = {"dtype": item.dtype, "shape": list(item.tensor.shape), "data_offsets": [position, end]}
+        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -332,22 +373,31 @@ def make_plan(
         if WEIGHTS in linked:  # which transformers reads instead of an index
             linked = {"model-00001-of-00002.safetensors": linked[WEIGHTS]}
         return Plan(config, {"model-lm_head.safetensors": [Item(head.name, head, head.dtype)]}, linked)
+    to_fp8 = dtype == "fp8"
+    dtype = "bfloat16" if to_fp8 else dtype  # of all that is not quantised
     target = DTYPES[dtype] if dtype else None
     block = weight_block(checkpoint.config)
     items = []
     for name, tensor in tensors.items():
         if target and name.endswith("_scale_inv"):
             continue
-        if target and tensor.dtype == "F8_E4M3":
-            items.append(Item(name, tensor, target, tensors[f"{name}_scale_inv"], block))
+        is_fp8, scale_name = tensor.dtype == "F8_E4M3", f"{name}_scale_inv"
+        dequantized = (tensors[scale_name], block) if target and is_fp8 else ()
+        if not (to_fp8 and FP8_WEIGHT.fullmatch(name)):
+            items.append(Item(name, tensor, target or tensor.dtype, *dequantized))
+        elif is_fp8 and block == FP8_BLOCK:
+            items += [Item(name, tensor, tensor.dtype), Item(scale_name, tensors[scale_name], "F32")]
         else:
-            items.append(Item(name, tensor, target or tensor.dtype))
+            items.append(QuantizedItem(name, tensor, "F8_E4M3", *dequantized))
+            items.append(ScaleItem(scale_name, tensor, "F32", *dequantized))
     if dtype:
         config.dtype = dtype
         for part in (config, config.get_text_config()):
             part.__dict__.pop("quantization_config", None)
         if isinstance(config, Step3VLConfig):
             config.text_config.dtype = config.vision_config.dtype = dtype
+    if to_fp8:
+        config.quantization_config = copy.deepcopy(FP8_QUANTIZATION)
     split = split_state_dict_into_shards_factory(
         {item.name: item for item in items},
         get_storage_size=lambda item: item.num_bytes,
@@ -376,6 +426,19 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
             if bad:
                 problems.append(f"{tensor.path.name}: {tensor.stored_name}: {bad} values are NaN or infinite.")
     return problems
+
+
+def note_on_widths(config: Step3VLConfig | Step3TextConfig) -> str | None:
+    """What is to be said of a block-fp8 model whose layers the serving engines cannot fuse."""
+    text, side = config.get_text_config(), FP8_BLOCK[0]
+    names = ("share_q_dim", "head_dim", "intermediate_size", "share_expert_dim", "moe_intermediate_size")
+    odd = [f"`{name}` {width}" for name in names if (width := getattr(text, name)) % side]
+    if not odd:
+        return None
+    return (
+        f"Note: {', '.join(odd)}: no multiple of {side}. transformers loads this in fp8; vLLM and SGLang cannot, and "
+        "vLLM may give wrong answers without an error."
+    )
 
 
 def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
@@ -634,7 +697,7 @@ def main(arguments: list[str] | None = None) -> int:
     placing.add_argument("--symlink", dest="how", action="store_const", const="symlink", help="by symbolic links")
     placing.add_argument("--copy", dest="how", action="store_const", const="copy", help="copy instead")
     rewriting = parser.add_argument_group("rewriting")
-    rewriting.add_argument("--dtype", choices=list(DTYPES), help="type of all weights; fp8 is dequantised")
+    rewriting.add_argument("--dtype", choices=[*DTYPES, "fp8"], help="type of all weights; fp8: as in the fp8 release")
     rewriting.add_argument(
         "--max-shard-size", type=parse_size, metavar="SIZE", help="such as 5GB (the default when rewriting)"
     )
@@ -651,10 +714,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         checkpoint = read_checkpoint(resolve(arguments.source))
         plan = make_plan(checkpoint, **options, layers=layers)
-        if arguments.check_finite and (problems := check_finite(checkpoint)):
-            raise CheckpointError(problems)
         if arguments.target is not None:
             check_room(checkpoint, plan, arguments.target, how)
+        # What is not finite has no scale.
+        if (arguments.check_finite or arguments.dtype == "fp8") and (problems := check_finite(checkpoint)):
+            raise CheckpointError(problems)
         if not arguments.check:
             options |= {"layers": [layers[0], layers[-1]] if layers else None, "how": how}
             convert(checkpoint, plan, arguments.target, options, how, arguments.verify)
@@ -667,6 +731,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on.", file=sys.stderr)
         return 130
+    if arguments.dtype == "fp8" and (note := note_on_widths(plan.config)):
+        print(note, file=sys.stderr)
     gigabytes = total_bytes(checkpoint, plan) / 1e9
     verdict = "nothing wrong" if arguments.check else arguments.target
     print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {verdict}")

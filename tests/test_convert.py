@@ -311,8 +311,9 @@ def test_unsafe_input_is_refused(copied, spoil, message):
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
 
 
-def test_killed_runs_go_on(source, tmp_path):
-    options = ["--max-shard-size", "20KB", "--dtype", "float32"]
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_killed_runs_go_on(source, tmp_path, dtype):
+    options = ["--max-shard-size", "20KB", "--dtype", dtype]
     undisturbed = converted(source, tmp_path / "undisturbed", *options)
     command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", source, tmp_path / "target", *options]
     choose, kills = random.Random(0), 0
