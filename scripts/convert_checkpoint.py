@@ -436,8 +436,8 @@ def note_on_widths(config: Step3VLConfig | Step3TextConfig) -> str | None:
     if not odd:
         return None
     return (
-        f"Note: {', '.join(odd)}: no multiple of {side}. transformers loads this in fp8; vLLM and SGLang cannot, and "
-        "vLLM may give wrong answers without an error."
+        f"Note: {', '.join(odd)}: no multiple of {side}. transformers loads this dequantised; vLLM and SGLang cannot "
+        "fuse its layers, and vLLM may give wrong answers without an error."
     )
 
 
