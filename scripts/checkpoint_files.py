@@ -41,8 +41,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_FILES = ("configuration_step3.py", "checkpoint_step3.py", "modeling_step3.py", "processing_step3.py")
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # The block-fp8 of the release: every matrix of the decoder layers but the router's, which is left alone as are
-# embeddings, head, norms and all of the vision tower and projector. The serving engines build exactly these in fp8, and
-# the released model takes 327.6 GB so, and 641.9 GB in bfloat16, as is published.
+# embeddings, head, norms and all of the vision tower and projector. docs/converting.md says what this rests on.
 FP8_QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
