@@ -541,8 +541,10 @@ def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
 def check_room(checkpoint: Checkpoint, plan: Plan, target: Path, how: str) -> None:
     """
     Raises:
-        `CheckpointError`: if what is yet to be written does not fit on the disk.
+        `CheckpointError`: if `target` exists, or what is yet to be written does not fit on the disk.
     """
+    if target.exists() and not partial_of(target).exists():
+        raise CheckpointError([f"{target} exists already; choose another place or remove it."])
     parent = next(path for path in target.absolute().parents if path.exists())
     sizes = {name: sum(item.num_bytes for item in items) for name, items in plan.shards.items()}
     for name, path in plan.linked.items():
@@ -571,8 +573,6 @@ def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how
     partial = partial_of(target)
     package = partial / "package"
     mark = fingerprint(checkpoint, options)
-    if target.exists() and not partial.exists():
-        raise CheckpointError([f"{target} exists already; choose another place or remove it."])
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(exist_ok=True)
     with (partial / "lock").open("w") as lock:
