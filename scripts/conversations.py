@@ -1,0 +1,391 @@
+"""Reads conversations with pictures from a JSONL file, and checks all of them before anything is made of them.
+
+A line is `{"messages": [{"role": ..., "content": ...}, ...], "images": [path or data URI, ...]}`, the form that
+ms-swift, LLaMA-Factory and OpenAI's fine-tuning share. Content is text, in which `<image>` stands for the next of
+`images`, or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image"}` for the next of `images`,
+`{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}` for a picture of its own.
+"""
+
+import base64
+import binascii
+import json
+import os
+import re
+import struct
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+from tqdm import tqdm
+
+from step3_vl import Step3VLImageProcessor, Step3VLProcessor
+
+
+# What stands for a picture in a text: the others' mark, and the model's own.
+IMAGE_TOKEN = Step3VLProcessor.image_token
+MARK = re.compile(f"<image>|{re.escape(IMAGE_TOKEN)}")
+# Keys whose meaning would be lost without a word, and where it belongs instead.
+LOST_KEYS = {
+    "image": "pictures go into the list `images`",
+    "audios": "Step3 hears no sound",
+    "videos": "Step3 sees no videos",
+    "tools": "Step3's chat template has no tools",
+    "system": 'it is the first of the messages, with the role "system"',
+    "conversations": '`messages` have "role" and "content" in place of "from" and "value"',
+}
+LOST_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
+# Faults that are shown; the rest are counted.
+MAX_SHOWN = 20
+# What PIL and the image processor raise for files that are no picture, or a broken or too large one.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, AttributeError),
+    *(struct.error, Image.DecompressionBombError, NotImplementedError, MemoryError, RuntimeError),
+)
+
+
+class BadData(Exception):
+    """Says of every faulty line what is wrong with it."""
+
+    def __init__(self, faults: list[str]):
+        rest = len(faults) - MAX_SHOWN
+        lines = faults[:MAX_SHOWN] + [f"and {rest} more"] * (rest > 0)
+        super().__init__("\n".join(["the data have faults, and nothing was started:", *lines]))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """
+    One line: where it stands, its messages as `apply_chat_template` takes them, the pictures (paths or the bytes of
+    files) that their parts of the type "image" stand for, and for each message whether the model learns to say it.
+    """
+
+    place: str
+    messages: list[dict]
+    pictures: list[Path | bytes]
+    is_learned: list[bool]
+
+
+def read_json(line: bytes) -> dict:
+    """
+    The object in one line.
+
+    Raises:
+        `ValueError`: if it is not UTF-8, not JSON, no object, or has a key twice.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"has the key {json.dumps(twice[0])} twice in one object")
+        return dict(pairs)
+
+    def no_number(name: str):
+        raise ValueError(f"is not JSON: {name} is no number")
+
+    try:
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text: byte {error.start + 1} of the line") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg}, at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be an object with `messages`, got {shown(value)}")
+    return value
+
+
+def shown(value: object) -> str:
+    """A value for a message, in ASCII and not too long of it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def find_picture(reference: object, folder: Path) -> Path | bytes:
+    """
+    Where a picture is that is referred to by its path, from `folder` or the working directory, or by a `file:` or
+    `data:` URI; of the latter, the bytes.
+
+    Raises:
+        `ValueError`: if there is no such file, or it is no such reference.
+    """
+    if not isinstance(reference, str) or not reference:
+        raise ValueError(f"a picture must be a path or a data URI, got {shown(reference)}")
+    if reference.startswith("data:"):
+        header, _, data = reference.partition(",")
+        if not header.startswith("data:image/") or not header.endswith(";base64"):
+            raise ValueError(f"a data URI must begin with data:image/...;base64, got {shown(header)}")
+        try:
+            return base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"the data URI of a picture is not base64: {error}") from None
+    if reference.startswith(("http://", "https://")):
+        raise ValueError(f"pictures must be on this machine, got {shown(reference)}: download it first")
+    path = unquote(urlsplit(reference).path) if reference.startswith("file://") else reference
+    try:
+        for base in (folder, Path()):
+            if (base / path).is_file():  # no pipe or device, from which reading might never return
+                return base / path
+    except (OSError, ValueError) as error:  # no file can have such a name
+        raise ValueError(f"there is no picture at {shown(reference)}: {error}") from None
+    raise ValueError(f"there is no picture at {shown(reference)}")
+
+
+def open_picture(picture: Path | bytes) -> Image.Image:
+    """The picture, read, or whatever of `UNREADABLE` it raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
+        with Image.open(picture if isinstance(picture, Path) else BytesIO(picture)) as image:
+            image.load()
+    return image
+
+
+def read_part(part: object) -> str | dict:
+    """
+    A part of a message as text, or as a picture `{"image": reference}`, with `None` for the next of `images`.
+
+    Raises:
+        `ValueError`: if it is neither.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind not in ("image", "image_url"):
+        raise ValueError(
+            f'a part must be of the type "text", "image" or "image_url", with what it says, got {shown(part)}'
+        )
+    keys = [key for key in ("image", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    if len(keys) > 1 or (kind == "image_url" and not keys):
+        raise ValueError(f"a part must have one picture, got {' and '.join(keys) or 'none'}")
+    reference = part[keys[0]] if keys else None
+    if isinstance(reference, dict):
+        reference = reference.get("url", "")
+    if keys == ["base64"] and isinstance(reference, str):
+        reference = f"data:image/;base64,{reference}"
+    return {"image": reference}
+
+
+def read_content(content: object) -> list[str | dict]:
+    """
+    A message's texts and pictures, as `read_part` has them, with a picture for each mark in a text.
+
+    Raises:
+        `ValueError`: if they are not as they should be.
+    """
+    if not isinstance(content, (str, list)):
+        raise ValueError(f"`content` must be text or a list of parts, got {shown(content)}")
+    pieces = []
+    for part in [content] if isinstance(content, str) else map(read_part, content):
+        if isinstance(part, dict):
+            pieces.append(part)
+            continue
+        try:
+            part.encode()
+        except UnicodeEncodeError:
+            raise ValueError("has half of a surrogate pair in its text") from None
+        first, *others = MARK.split(part)
+        pieces += [first, *(piece for text in others for piece in ({"image": None}, text))]
+    return [piece for piece in pieces if piece != ""]
+
+
+def is_weighted(message: dict) -> bool:
+    """
+    Whether an answer is learned, which `weight` (OpenAI) or `loss` (ms-swift) may deny.
+
+    Raises:
+        `ValueError`: if these are something else than 0 and 1.
+    """
+    weights = [message[key] for key in ("weight", "loss") if message.get(key) is not None]
+    if any(weight not in (0, 1) for weight in weights):
+        raise ValueError(f"`weight` and `loss` must be 0 or 1, got {shown(weights)}")
+    return all(weights)
+
+
+def read_conversation(line: bytes, folder: Path, place: str, fault: Callable[[str], None]) -> Conversation | None:
+    """
+    The conversation in one line, without opening its pictures, or `None` where `fault` was called: with each thing that
+    is wrong.
+    """
+    is_faulty = False
+
+    def report(text: str) -> None:
+        nonlocal is_faulty
+        is_faulty = True
+        fault(text)
+
+    try:
+        row = read_json(line)
+    except ValueError as error:
+        return fault(str(error))
+    for key, advice in LOST_KEYS.items():
+        if row.get(key):
+            report(f"has `{key}`: {advice}")
+    given, rows = row.get("images"), row.get("messages")
+    given = [] if given is None else given
+    if not isinstance(given, list):
+        report(f"`images` must be a list, got {shown(given)}")
+        given = []
+    if not isinstance(rows, list) or not rows:
+        return report(f"`messages` must be a list of one at least, got {shown(rows)}")
+
+    messages, references, learned, num_marks = [], [], [], 0
+    is_users_turn = True
+    for number, message in enumerate(rows, 1):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            got = shown(message.get("role")) if isinstance(message, dict) else shown(message)
+            report(f"message {number}: the role must be system, user or assistant, got {got}")
+            return None  # nor can the others' turns be told
+        role = message["role"]
+        here = f"message {number} ({role})"
+        if role == "system" and number > 1:
+            report(f"{here}: only the first message can be the system's")
+        elif role != "system":
+            if (role == "user") != is_users_turn:
+                report(f"{here}: it is the {'user' if is_users_turn else 'assistant'}'s turn")
+            is_users_turn = role == "assistant"
+        for key in LOST_MESSAGE_KEYS:
+            if message.get(key):
+                report(f"{here}: has `{key}`, which Step3's chat template would leave out")
+        try:
+            pieces = read_content(message.get("content"))
+            learned.append(role == "assistant" and is_weighted(message))
+        except ValueError as error:
+            report(f"{here}: {error}")
+            continue
+        pictures = [piece["image"] for piece in pieces if isinstance(piece, dict)]
+        if pictures and role != "user":
+            report(f"{here}: pictures and their marks belong into the user's messages")
+        if not pictures and role != "system" and not "".join(pieces).strip():
+            report(f"{here}: is empty")
+        for picture in pictures:
+            num_marks += picture is None
+            if picture is None and num_marks <= len(given):
+                picture = given[num_marks - 1]
+            references.append(picture)
+        parts = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in pieces]
+        messages.append({"role": role, "content": parts})
+
+    if num_marks != len(given):
+        report(f"has {len(given)} in `images`, and {num_marks} marks such as <image> for them")
+        references = [reference for reference in references if reference is not None]
+    if "assistant" not in [message["role"] for message in messages]:
+        report("has no assistant's message, from which the model would learn")
+    elif not is_users_turn:
+        report("ends with the user's message, which has no answer")
+    elif not is_faulty and not any(learned):
+        report("has no assistant's message with a weight other than 0")
+    found = []
+    for reference in references:
+        try:
+            found.append(find_picture(reference, folder))
+        except ValueError as error:
+            report(str(error))
+    return None if is_faulty else Conversation(place, messages, found, learned)
+
+
+def read_conversations(path: Path, faults: list[str]) -> list[Conversation]:
+    """All conversations of a file, without opening their pictures; what is wrong with others is added to `faults`."""
+    conversations, num_lines = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            num_lines += 1
+            if num_lines == 1 and line.lstrip().startswith(b"["):
+                faults.append(f"{path}:{number}: begins a JSON array: write one object a line, without commas between")
+                return []
+            place = f"{path}:{number}"
+            conversation = read_conversation(
+                line, path.parent, place, lambda text, place=place: faults.append(f"{place}: {text}")
+            )
+            if conversation is not None:
+                conversations.append(conversation)
+    if num_lines == 0:
+        faults.append(f"{path}: holds no line")
+    return conversations
+
+
+def check_pictures(conversations: list[Conversation], faults: list[str], quiet: bool) -> dict[Path | bytes, tuple]:
+    """The size (width, height) of every picture; those that cannot be read are added to `faults`."""
+    uses = [(picture, conversation.place) for conversation in conversations for picture in conversation.pictures]
+    processor = Step3VLImageProcessor()
+
+    def measure(picture: Path | bytes) -> tuple[int, int] | str:
+        try:
+            return processor.process_image(open_picture(picture), do_convert_rgb=True).size
+        except UNREADABLE as error:
+            return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+    pictures = list(dict.fromkeys(picture for picture, _ in uses))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(measure, pictures)
+        sizes = dict(zip(pictures, tqdm(results, "Pictures", len(pictures), disable=quiet), strict=True))
+    for picture, place in uses:
+        if isinstance(sizes[picture], str):
+            name = str(picture) if isinstance(picture, Path) else "of the data URI"
+            faults.append(f"{place}: the picture {name} cannot be read: {sizes[picture]}")
+    return sizes
+
+
+def segments(conversation: Conversation, processor: Step3VLProcessor) -> list[tuple[str, list, bool]]:
+    """
+    A conversation cut into the prompts and answers that it consists of, by turns: each one's text with a `<im_patch>`
+    for each picture, its pictures, and whether it is learned. Each is tokenised by itself, as it is when the model is
+    asked; an answer ends with the token that ends a turn.
+
+    Raises:
+        `ValueError`: if the chat template changes what it wrote of earlier messages.
+    """
+    pieces, done, pictures = [], "", iter(conversation.pictures)
+    for number, message in enumerate(conversation.messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = processor.apply_chat_template(conversation.messages[:number], add_generation_prompt=True)
+        whole = processor.apply_chat_template(conversation.messages[: number + 1])
+        if not prompt.startswith(done) or not whole.startswith(prompt):
+            raise ValueError("The chat template must leave what it wrote of earlier messages as it is.")
+        asked = prompt[len(done) :]
+        pieces.append((asked, [next(pictures) for _ in range(asked.count(IMAGE_TOKEN))], False))
+        pieces.append((whole[len(prompt) :], [], conversation.is_learned[number]))
+        done = whole
+    return pieces
+
+
+def check_tokens(
+    conversations: list[Conversation],
+    sizes: dict[Path | bytes, tuple[int, int]],
+    processor: Step3VLProcessor,
+    max_length: int,
+    faults: list[str],
+) -> int:
+    """
+    The number of tokens of all conversations. Those of more than `max_length` are added to `faults`, and those whose
+    text holds tokens that the chat template alone may write.
+    """
+    special = [token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special]
+    total = 0
+    for conversation in conversations:
+        texts = [part["text"] for message in conversation.messages for part in message["content"] if "text" in part]
+        if held := [token for token in special if any(token in text for text in texts)]:
+            faults.append(f"{conversation.place}: has the special token {held[0]} in its text")
+            continue
+        length = sum(
+            len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text, _, _ in segments(conversation, processor)
+        )
+        try:
+            plans = [(sizes[picture][1], sizes[picture][0]) for picture in conversation.pictures]
+            length += sum(processor._get_num_multimodal_tokens(plans)["num_image_tokens"]) - len(plans)
+        except ValueError as error:  # a picture that is too narrow
+            faults.append(f"{conversation.place}: {error}")
+            continue
+        total += length
+        if length > max_length:
+            faults.append(f"{conversation.place}: has {length} tokens, and at most {max_length} are taken")
+    return total

@@ -1,0 +1,73 @@
+"""Draws scenes and writes conversations about them for `finetune_lora.py`, answered in a way that is new to step3-tiny.
+
+python scripts/draw_conversations.py DIRECTORY
+"""
+
+import argparse
+import json
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from draw_scene import NUMBERS, Scene, draw_scene, sentence
+
+
+QUESTION = "What is there?"
+# Scenes of the two files never share a seed with each other, nor with those that step3-tiny was trained on.
+FIRST_SEEDS = {"train": 5 * 10**9, "test": 6 * 10**9}
+
+
+def count_and_name(scene: Scene) -> str:
+    """The new kind of answer: "Two. A large red circle at the top left, a small blue square at the right." """
+    names = sentence(", ".join(f"{shape} at the {shape.place}" for shape in scene.shapes))
+    return f"{sentence(NUMBERS[len(scene.shapes)])} {names}"
+
+
+def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
+    """
+    Writes `train.jsonl` and `test.jsonl` with so many conversations, and their pictures, in `directory`. Every second
+    one to learn from is of an old kind, as a model forgets what it is no longer asked.
+
+    Raises:
+        `FileExistsError`: if there is something at `directory`.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        for name, count in counts.items():
+            (unfinished / name).mkdir()
+            with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+                for number in range(count):
+                    scene = draw_scene(FIRST_SEEDS[name] + number)
+                    pair = QUESTION, count_and_name(scene)
+                    if name == "train" and number % 2:
+                        pair = random.Random(number).choice(list(scene.questions.values()))
+                    picture = f"{name}/{number}.png"
+                    scene.image.save(unfinished / picture)
+                    question = {"role": "user", "content": f"<image>{pair[0]}"}
+                    answer = {"role": "assistant", "content": pair[1]}
+                    row = {"messages": [question, answer], "images": [picture]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        unfinished.chmod(0o755)
+        unfinished.rename(directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("directory", type=Path, help="where they go; must not exist yet")
+    parser.add_argument("--train", type=int, default=2000, help="conversations to learn from (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="conversations to measure with (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
+    except FileExistsError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
