@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
@@ -41,7 +41,8 @@ LOST_KEYS = {
 LOST_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
 # Faults that are shown; the rest are counted.
 MAX_SHOWN = 20
-# What PIL and the image processor raise for files that are no picture, or a broken or too large one.
+# What PIL's readers of twenty formats and the image processor raise for files that are no picture, or a broken or too
+# large one: each was seen in files with wrong bytes, or is caught for metadata alike.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, AttributeError),
     *(struct.error, Image.DecompressionBombError, NotImplementedError, MemoryError, RuntimeError),
@@ -319,6 +320,8 @@ def check_pictures(conversations: list[Conversation], faults: list[str], quiet: 
     def measure(picture: Path | bytes) -> tuple[int, int] | str:
         try:
             return processor.process_image(open_picture(picture), do_convert_rgb=True).size
+        except UnidentifiedImageError:
+            return "it is none that Pillow knows"
         except UNREADABLE as error:
             return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 

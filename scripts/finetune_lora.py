@@ -238,6 +238,7 @@ def train(
         learning_rate=arguments.learning_rate or RATE * (WIDTH / text_config.hidden_size) ** EXPONENT,
         lr_scheduler_type="cosine",
         warmup_steps=WARMUP,
+        use_cpu=PartialState().device.type == "cpu",
         bf16=model.dtype == torch.bfloat16,
         eval_strategy="steps" if evaluation else "no",
         eval_on_start=bool(evaluation),
