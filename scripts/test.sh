@@ -10,11 +10,11 @@ fi
 environment=.venv${release:+-$release}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook,quantize
+extras=test,notebook,finetune,quantize
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"
-  extras=test
+  extras=test,finetune
   grep -vE '^(transformers|huggingface_hub|accelerate|safetensors)==' scripts/constraints.txt >"$constraints"
   if [ "$release" != newest ]; then echo "transformers==$release" >>"$constraints"; fi
 fi
