@@ -280,7 +280,8 @@ def train(
 
 def merge(arguments: argparse.Namespace, processor: Step3VLProcessor) -> None:
     """Adds OUTPUT/adapter to the model's weights, in their type, and saves the whole model in OUTPUT/merged."""
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto", **placement())
+    experts = {"experts_implementation": "linear"} if arguments.four_bit else {}  # as they were adapted
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto", **experts, **placement())
     merged = PeftModel.from_pretrained(model, arguments.output / "adapter").merge_and_unload()
     save_whole(arguments.output / "merged", merged, processor)
 

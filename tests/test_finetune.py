@@ -225,6 +225,20 @@ def test_vocabulary_and_vision_are_trained_and_merged(folder):
     assert model.dtype == torch.float32
 
 
+def test_four_bits_reach_the_experts_and_are_merged_into_the_released_layout(folder):
+    pytest.importorskip("bitsandbytes")
+    result = finetune(folder, "four", *OPTIONS, "--4bit", "--merge", "--ask", 4)
+    assert result.returncode == 0, result.stderr
+    assert "after step 30: 4 of 4" in result.stdout
+    assert any(".moe.experts.7.up_proj." in name for name in adapter_of(folder / "four"))
+    merged = folder / "four" / "merged"
+    before, after = load_file(TINY / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert not torch.equal(before["model.layers.1.moe.up_proj.weight"], after["model.layers.1.moe.up_proj.weight"])
+    answer = run("describe.py", folder / "50.png", "--prompt", QUESTION, "--model", merged)
+    assert answer.stdout.strip() == ANSWER
+
+
 def test_made_up_conversations(tmp_path):
     """Every second one to learn from is of an old kind, and those to measure with are all new."""
     assert run("draw_conversations.py", tmp_path / "scenes", "--train", 8, "--test", 3).returncode == 0
