@@ -17,12 +17,13 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai")
 
-from conftest import ROOT
+from conftest import ROOT, run
 from describe import TINY
 from draw_scene import draw_scene
 from evaluate_tiny import fresh_scenes
@@ -164,6 +165,15 @@ def test_what_is_printed_works(server):
     assert json.loads(by_curl.stdout)["choices"][0]["message"]["content"]
     by_python = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True, cwd=folder)
     assert by_python.stdout.strip() == ANSWER, by_python.stderr
+
+
+@each_engine
+def test_describe_asks_a_server(server):
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 8
+    SCENE.image.rotate(-90, expand=True).save(server.log.parent / "turned.jpg", exif=turned, quality=95)
+    result = run("describe.py", server.log.parent / "turned.jpg", "--server", f"{server.url}/v1")
+    assert result.stdout == f"{ANSWER}\n", result.stderr
 
 
 @each_engine
