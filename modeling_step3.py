@@ -872,7 +872,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_features, vision_outputs = self.encode(pixel_values, **kwargs)
         num_images, num_tokens, _ = image_features.shape
         check_tensors(patch_pixel_values=patch_pixel_values)
-        patches_given = 0 if patch_pixel_values is None else len(patch_pixel_values)
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
         if num_patches is None:
             num_patches = [0] * num_images
         if not isinstance(num_patches, torch.Tensor | list | tuple):

@@ -11,7 +11,7 @@ esac
 environment=.venv${release:+-$release}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook,serve
+extras=test,notebook,serve,export
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"
