@@ -3,6 +3,7 @@
 python scripts/convert_checkpoint.py SOURCE TARGET
 python scripts/convert_checkpoint.py SOURCE TARGET --dtype bfloat16
 python scripts/convert_checkpoint.py SOURCE --check
+python scripts/convert_checkpoint.py SOURCE --engines
 """
 
 import argparse
@@ -36,6 +37,7 @@ from checkpoint_files import (
     read_json,
     weight_block,
 )
+from engines import engine_facts, table, warnings
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.serialization._base import parse_size_to_int
@@ -628,6 +630,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help="directory or hub id of the checkpoint")
     parser.add_argument("target", type=Path, nargs="?", help="directory to be made; must not exist yet")
     parser.add_argument("--check", action="store_true", help="only check the source, and list everything wrong with it")
+    parser.add_argument(
+        "--engines", action="store_true", help="only list what vLLM and SGLang would do with the target"
+    )
     parser.add_argument("--check-finite", action="store_true", help="also look for NaN and infinite weights")
     parser.add_argument("--verify", action="store_true", help=f"read back and compare; write {MANIFEST}")
     placing = parser.add_argument_group("linking").add_mutually_exclusive_group()
@@ -642,8 +647,8 @@ def main(arguments: list[str] | None = None) -> int:
     rewriting.add_argument("--layers", type=parse_layers, metavar="A-B", help="only these layers, renumbered from 0")
     rewriting.add_argument("--text-only", action="store_true", help="the language model, Step3TextForCausalLM")
     arguments = parser.parse_args(arguments)
-    if arguments.target is None and not arguments.check:
-        parser.error("give a TARGET, or --check")
+    if arguments.target is None and not (arguments.check or arguments.engines):
+        parser.error("give a TARGET, --check or --engines")
     if arguments.to_single and arguments.max_shard_size:
         parser.error("--to-single and --max-shard-size contradict each other")
     layers, how = arguments.layers, arguments.how or "hardlink"
@@ -651,6 +656,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         checkpoint = read_checkpoint(resolve(arguments.source))
         plan = make_plan(checkpoint, **options, layers=layers)
+        facts = engine_facts(checkpoint, plan.config, has_head=True)
+        if arguments.engines:
+            print(table(facts))
+            return 0
         if arguments.check_finite and (problems := check_finite(checkpoint)):
             raise CheckpointError(problems)
         if arguments.target is not None:
@@ -669,6 +678,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     gigabytes = total_bytes(checkpoint, plan) / 1e9
     verdict = "nothing wrong" if arguments.check else arguments.target
+    for warning in warnings(facts):
+        print(warning, file=sys.stderr)
     print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {verdict}")
     return 0
 

@@ -18,7 +18,8 @@ import urllib.request
 from pathlib import Path
 from urllib.error import URLError
 
-from checkpoint_files import Checkpoint, CheckpointError, Step3VLConfig, configuration, read_checkpoint, read_json
+from checkpoint_files import Checkpoint, CheckpointError, Step3VLConfig, read_checkpoint
+from engines import RELEASED_SIZES, picture_sizes
 from request_guard import Rules
 from transformers import AutoTokenizer
 
@@ -27,8 +28,6 @@ SCRIPTS = Path(__file__).resolve().parent
 LOOPBACK = "127.0.0.1"
 TOOL_TOKENS = ("<｜tool_calls_begin｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_calls_end｜>")
 THINK_START, THINK_END = "<think>", "</think>"
-# What vLLM takes for granted.
-RELEASED_SIZES = {"image_size": 728, "patch_size": 504, "num_image_feature_size": 169, "num_patch_feature_size": 81}
 # Seconds that an engine has to end in, once it is asked to.
 PATIENCE = 30
 
@@ -56,27 +55,6 @@ def is_installed(module: str) -> bool:
 def find_vllm() -> str | None:
     """The `vllm` command beside this Python, or else on the path."""
     return shutil.which("vllm", path=Path(sys.executable).parent) or shutil.which("vllm")
-
-
-def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """
-    The sizes of a model's pictures in pixels and image tokens, as vLLM's processor calls them.
-
-    Raises:
-        `CheckpointError`: if the processor's are none.
-    """
-    settings = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):  # the later one has the last word
-        if (checkpoint.directory / name).exists():
-            loaded = read_json(checkpoint.directory / name)
-            settings |= loaded.get("image_processor") or loaded
-    sides = [settings.get("size", {}).get("height", RELEASED_SIZES["image_size"])]
-    sides += [settings.get("patch_size", RELEASED_SIZES["patch_size"])]
-    if not all(type(side) is int and side > 0 for side in sides):
-        raise CheckpointError([f"processor_config.json: sizes of pictures must be positive numbers, got {sides}."])
-    patch_size, stride = checkpoint.config.vision_config.patch_size, checkpoint.config.understand_projector_stride
-    tokens = [configuration.num_image_tokens(side, patch_size, stride) for side in sides]
-    return dict(zip(RELEASED_SIZES, sides + tokens, strict=True))
 
 
 def parser_options(directory: Path, thinks: bool) -> list[str]:

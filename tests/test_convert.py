@@ -405,3 +405,29 @@ def test_mutated_files_are_refused_or_read(source, tmp_path):
         refused += result.returncode
         assert (result.returncode == 1) == bool(result.stderr)
     assert refused > 100
+
+
+def test_engines_lists_what_each_would_do(tmp_path):
+    released = ["vision_config.image_size=728", "vision_config.patch_size=14"]
+    assert "as here" in convert(ROOT / "checkpoints" / "step3-tiny", "--engines").stdout
+
+    def rows(*settings: str, patch_size: int = 504, options: tuple[str, ...] = ()) -> dict[str, list[str]]:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        make_random_model(directory, [*released, *settings], patch_size=patch_size)
+        result = convert(directory, "--engines", *options)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        lines = [line.split("  ") for line in result.stdout.splitlines()[1:]]
+        lines = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+        warned = convert(directory, "--check", *options).stderr.splitlines()
+        assert len(warned) == sum(cell != "as here" for line in lines for cell in line[2:])
+        return {subject: verdicts for subject, _, *verdicts in lines}
+
+    assert all(verdicts == ["as here"] * 2 for verdicts in rows().values())
+    assert rows('text_config.hidden_act="gelu"')["activation"] == ["wrong: computes with silu"] * 2
+    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: takes one"] * 2
+    assert rows("text_config.tie_word_embeddings=true")["output head"] == ["as here"] * 2  # the converter writes it
+    rope = '{"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048, '
+    rope += '"low_freq_factor": 1.0, "high_freq_factor": 4.0}'
+    assert rows(f"text_config.rope_parameters={rope}")["rotary embedding"][0].startswith("error")
+    assert rows(patch_size=252)["pictures"][1].startswith("wrong")
+    assert rows(options=("--text-only",))["part"] == ["as here", "error: has no class for it"]
