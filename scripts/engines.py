@@ -103,7 +103,8 @@ def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig
     `has_head` whether its `lm_head.weight` is on disk.
     """
     text = config.get_text_config()
-    rope_type = text.rope_parameters["rope_type"]
+    rope_type, part = text.rope_parameters["rope_type"], text.rope_parameters.get("partial_rotary_factor") or 1
+    rope = ROPE_TYPES.get(rope_type, ("not run", "not run")) if part == 1 else ("wrong: turns others", "not run")
     head = AS_HERE if has_head else "wrong: random, for they never tie"
     activation = AS_HERE if text.hidden_act == "silu" else "wrong: computes with silu"
     groups = AS_HERE if text.num_attention_groups == 1 else "error: takes one"
@@ -111,7 +112,7 @@ def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig
         Fact("output head", "its own" if has_head else "tied", head, head),
         Fact("activation", text.hidden_act, activation, activation),
         Fact("key/value heads", str(text.num_attention_groups), groups, groups),
-        Fact("rotary embedding", rope_type, *ROPE_TYPES.get(rope_type, ("not run", "not run"))),
+        Fact("rotary embedding", rope_type if part == 1 else f"{rope_type}, {part} of each head", *rope),
     ]
     if isinstance(config, Step3TextConfig):
         return [*facts, Fact("part", "the text model", sglang="error: has no class for it")]
