@@ -448,14 +448,17 @@ def link(source: Path, target: Path, how: str) -> None:
 
 
 def carry_files(source: Path, target: Path, has_vision: bool) -> None:
-    """The tokenizer's, the processor's and the other small files, without any reference to code but the package's."""
+    """The tokenizer's, the processor's (of a model that has pictures) and the other small files, without any reference
+    to code but the package's."""
     for name in CARRIED_FILES:
-        if not (source / name).exists():
+        if not (source / name).exists() or (name in PROCESSOR_FILES and not has_vision):
             continue
         path = locate(source, name)
         if name.endswith("_config.json"):
             settings = read_json(path)
             settings.pop("auto_map", None)
+            if not has_vision:
+                settings.pop("processor_class", None)
             if name in PROCESSOR_FILES:
                 settings |= PROCESSOR_FILES[name]
             write_json(target / name, settings)

@@ -21,7 +21,7 @@ from conftest import ROOT, dequantised, make_fp8_checkpoint, run
 from make_random_model import make_random_model
 from safetensors.torch import load_file, save_file
 from test_saving import assert_same_tensors
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
 from step3_vl import Step3TextForCausalLM, Step3VLConfig
 
@@ -198,6 +198,7 @@ def test_text_only(source, tmp_path):
     assert not any(name.startswith("vi") for name in weights(target))
     assert type(AutoModelForCausalLM.from_pretrained(target)) is Step3TextForCausalLM
     assert torch.equal(logits(target, AutoModelForCausalLM), logits(source))
+    assert isinstance(AutoProcessor.from_pretrained(target), PreTrainedTokenizerBase)  # as of any text model
     assert convert(target, "--check").returncode == 0
 
 
