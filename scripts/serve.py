@@ -29,7 +29,7 @@ LOOPBACK = "127.0.0.1"
 TOOL_TOKENS = ("<｜tool_calls_begin｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_calls_end｜>")
 THINK_START, THINK_END = "<think>", "</think>"
 # Seconds that an engine has to end in, once it is asked to.
-PATIENCE = 30
+PATIENCE = 10
 
 TEXT_REQUEST = """
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -75,11 +75,14 @@ def parser_options(directory: Path, thinks: bool) -> list[str]:
     options = []
     if vocabulary.keys() >= set(TOOL_TOKENS):
         options += ["--enable-auto-tool-choice", "--tool-call-parser", "step3"]
-    # A model that begins no thoughts would never end them, and its whole answer would count as thoughts.
-    if prompt.rstrip().endswith(THINK_START) and THINK_END in vocabulary:
+    # vLLM drops special tokens before it looks for the end of thoughts. And a model that begins none would never end
+    # them: its whole answer would count as thoughts.
+    ends = THINK_END in vocabulary and not tokenizer.added_tokens_decoder[vocabulary[THINK_END]].special
+    if prompt.rstrip().endswith(THINK_START) and ends:
         options += ["--reasoning-parser", "step3"]
     elif thinks:
-        raise ServingError(f"--thinking needs a template that begins with {THINK_START}, and {THINK_END} as one token.")
+        reason = f"a template that begins with {THINK_START}, and {THINK_END} as one token that is not special"
+        raise ServingError(f"--thinking needs {reason}.")
     if thinks:
         options += ["--default-chat-template-kwargs", '{"enable_thinking": true}']
     return options
