@@ -163,7 +163,8 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
             if attention_mask is not None and attention_mask.shape[1] > 1:
                 attention_mask = attention_mask.view(batch_size, num_key_value_heads, -1, key.shape[2])
             query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
-            attn_output, _ = attention_interface(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+            kwargs["is_causal"] = False  # continuous batching brings its own
+            attn_output, _ = attention_interface(module, query, key, value, attention_mask, **kwargs)
             return attn_output.transpose(1, 2).reshape(batch_size, 1, num_heads, head_dim), None
         key, value = (repeat_kv(states, num_heads // num_key_value_heads) for states in (key, value))
         return attention_interface(module, query, key, value, attention_mask, **kwargs)
@@ -872,7 +873,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_features, vision_outputs = self.encode(pixel_values, **kwargs)
         num_images, num_tokens, _ = image_features.shape
         check_tensors(patch_pixel_values=patch_pixel_values)
-        patches_given = 0 if patch_pixel_values is None else len(patch_pixel_values)
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
         if num_patches is None:
             num_patches = [0] * num_images
         if not isinstance(num_patches, torch.Tensor | list | tuple):

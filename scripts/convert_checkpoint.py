@@ -4,6 +4,7 @@ python scripts/convert_checkpoint.py SOURCE TARGET
 python scripts/convert_checkpoint.py SOURCE TARGET --dtype bfloat16
 python scripts/convert_checkpoint.py SOURCE TARGET --dtype fp8
 python scripts/convert_checkpoint.py SOURCE --check
+python scripts/convert_checkpoint.py SOURCE --engines
 """
 
 import argparse
@@ -42,6 +43,7 @@ from checkpoint_files import (
     scale_shape,
     weight_block,
 )
+from engines import engine_facts, table, warnings
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.serialization._base import parse_size_to_int
@@ -509,14 +511,17 @@ def link(source: Path, target: Path, how: str) -> None:
 
 
 def carry_files(source: Path, target: Path, has_vision: bool) -> None:
-    """The tokenizer's, the processor's and the other small files, without any reference to code but the package's."""
+    """The tokenizer's, the processor's (of a model that has pictures) and the other small files, without any reference
+    to code but the package's."""
     for name in CARRIED_FILES:
-        if not (source / name).exists():
+        if not (source / name).exists() or (name in PROCESSOR_FILES and not has_vision):
             continue
         path = locate(source, name)
         if name.endswith("_config.json"):
             settings = read_json(path)
             settings.pop("auto_map", None)
+            if not has_vision:
+                settings.pop("processor_class", None)
             if name in PROCESSOR_FILES:
                 settings |= PROCESSOR_FILES[name]
             write_json(target / name, settings)
@@ -691,6 +696,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("source", help="directory or hub id of the checkpoint")
     parser.add_argument("target", type=Path, nargs="?", help="directory to be made; must not exist yet")
     parser.add_argument("--check", action="store_true", help="only check the source, and list everything wrong with it")
+    parser.add_argument(
+        "--engines", action="store_true", help="only list what vLLM and SGLang would do with the target"
+    )
     parser.add_argument("--check-finite", action="store_true", help="also look for NaN and infinite weights")
     parser.add_argument("--verify", action="store_true", help=f"read back and compare; write {MANIFEST}")
     placing = parser.add_argument_group("linking").add_mutually_exclusive_group()
@@ -705,8 +713,8 @@ def main(arguments: list[str] | None = None) -> int:
     rewriting.add_argument("--layers", type=parse_layers, metavar="A-B", help="only these layers, renumbered from 0")
     rewriting.add_argument("--text-only", action="store_true", help="the language model, Step3TextForCausalLM")
     arguments = parser.parse_args(arguments)
-    if arguments.target is None and not arguments.check:
-        parser.error("give a TARGET, or --check")
+    if arguments.target is None and not (arguments.check or arguments.engines):
+        parser.error("give a TARGET, --check or --engines")
     if arguments.to_single and arguments.max_shard_size:
         parser.error("--to-single and --max-shard-size contradict each other")
     layers, how = arguments.layers, arguments.how or "hardlink"
@@ -714,6 +722,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         checkpoint = read_checkpoint(resolve(arguments.source))
         plan = make_plan(checkpoint, **options, layers=layers)
+        facts = engine_facts(checkpoint, plan.config, has_head=True)
+        if arguments.engines:
+            print(table(facts))
+            return 0
         if arguments.target is not None:
             check_room(checkpoint, plan, arguments.target, how)
         # What is not finite has no scale.
@@ -735,6 +747,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(note, file=sys.stderr)
     gigabytes = total_bytes(checkpoint, plan) / 1e9
     verdict = "nothing wrong" if arguments.check else arguments.target
+    for warning in warnings(facts):
+        print(warning, file=sys.stderr)
     print(f"{len(checkpoint.tensors)} tensors, {gigabytes:.3g} GB: {verdict}")
     return 0
 

@@ -24,6 +24,7 @@ from checkpoint_files import (
     read_json,
 )
 from convert_checkpoint import CARRIED_FILES, MANIFEST, write_text
+from engines import engine_facts, warnings
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError  # of httpx, or of what took its place
 
@@ -166,6 +167,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name in sorted(sizes):
             print(f"{sizes[name]:>16,}  {name}")
         print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files to {constants.ENDPOINT}/{repo_id}")
+        facts = engine_facts(checkpoint, checkpoint.config, has_head="lm_head.weight" in checkpoint.tensors)
+        for warning in warnings(facts):
+            print(warning, file=sys.stderr)
         if arguments.dry_run:
             return 0
         api = HfApi()

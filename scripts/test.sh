@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Runs the tests: bash scripts/test.sh [--transformers VERSION|newest] [options of pytest]
-# Another release of transformers than the one in constraints.txt gets an environment of its own.
+# Runs the tests: bash scripts/test.sh [--transformers VERSION|newest | --engines DIRECTORY] [options of pytest]
+# Another release of transformers than the one in constraints.txt gets an environment of its own. --engines runs the
+# tests that ask vLLM, whose environment is made in DIRECTORY unless it is there.
 set -euo pipefail
-release=
-if [ "${1:-}" = --transformers ]; then
-  release=${2:?usage: bash scripts/test.sh [--transformers VERSION|newest] [options of pytest]}
-  shift 2
-fi
+release= engines=
+case "${1:-}" in
+  --transformers) release=${2:?give a version, or newest} && shift 2 ;;
+  --engines) engines=$(realpath -m -- "${2:?give a directory}") && shift 2 ;;
+esac
 environment=.venv${release:+-$release}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook,finetune,quantize
+extras=test,notebook,finetune,quantize,serve,export
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"
@@ -20,4 +21,8 @@ if [ -n "$release" ]; then
 fi
 python -m pip install --quiet ${release:+--upgrade} --constraint "$constraints" ".[$extras]"
 if [ -n "$release" ]; then python -c "import transformers; print('transformers', transformers.__version__)"; fi
+if [ -n "$engines" ]; then
+  [ -e "$engines/env.sh" ] || bash scripts/engines.sh "$engines"
+  STEP3_ENGINES="$engines" exec python -m pytest -m engines "$@"
+fi
 python -m pytest --numprocesses auto --dist worksteal "$@"

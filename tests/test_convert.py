@@ -21,7 +21,7 @@ from conftest import ROOT, dequantised, make_fp8_checkpoint, run
 from make_random_model import make_random_model
 from safetensors.torch import load_file, save_file
 from test_saving import assert_same_tensors
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
 from step3_vl import Step3TextForCausalLM, Step3VLConfig
 
@@ -198,6 +198,7 @@ def test_text_only(source, tmp_path):
     assert not any(name.startswith("vi") for name in weights(target))
     assert type(AutoModelForCausalLM.from_pretrained(target)) is Step3TextForCausalLM
     assert torch.equal(logits(target, AutoModelForCausalLM), logits(source))
+    assert isinstance(AutoProcessor.from_pretrained(target), PreTrainedTokenizerBase)  # as of any text model
     assert convert(target, "--check").returncode == 0
 
 
@@ -404,5 +405,34 @@ def test_mutated_files_are_refused_or_read(source, tmp_path):
         result = convert(copied, "--check")
         assert result.returncode in (0, 1)
         refused += result.returncode
-        assert (result.returncode == 1) == bool(result.stderr)
+        named = [line for line in result.stderr.splitlines() if not line.startswith("Warning: ")]
+        assert (result.returncode == 1) == bool(named)
     assert refused > 100
+
+
+def test_engines_lists_what_each_would_do(tmp_path):
+    released = ["vision_config.image_size=728", "vision_config.patch_size=14"]
+    assert "as here" in convert(ROOT / "checkpoints" / "step3-tiny", "--engines").stdout
+
+    def rows(*settings: str, patch_size: int = 504, options: tuple[str, ...] = ()) -> dict[str, list[str]]:
+        directory = tmp_path / str(len(list(tmp_path.iterdir())))
+        make_random_model(directory, [*released, *settings], patch_size=patch_size)
+        result = convert(directory, "--engines", *options)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        lines = [line.split("  ") for line in result.stdout.splitlines()[1:]]
+        lines = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+        warned = convert(directory, "--check", *options).stderr.splitlines()
+        assert len(warned) == sum(cell != "as here" for line in lines for cell in line[2:])
+        return {subject: verdicts for subject, _, *verdicts in lines}
+
+    assert all(verdicts == ["as here"] * 2 for verdicts in rows().values())
+    assert rows('text_config.hidden_act="gelu"')["activation"] == ["wrong: computes with silu"] * 2
+    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: takes one"] * 2
+    assert rows("text_config.tie_word_embeddings=true")["output head"] == ["as here"] * 2  # the converter writes it
+    rope = '{"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048, '
+    rope += '"low_freq_factor": 1.0, "high_freq_factor": 4.0}'
+    assert rows(f"text_config.rope_parameters={rope}")["rotary embedding"][0].startswith("error")
+    rope = '{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}'
+    assert rows(f"text_config.rope_parameters={rope}")["rotary embedding"][0].startswith("wrong")
+    assert rows(patch_size=252)["pictures"][1].startswith("wrong")
+    assert rows(options=("--text-only",))["part"] == ["as here", "error: has no class for it"]

@@ -154,6 +154,7 @@ def directory(random_model_dir, tmp_path) -> Path:
 def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path):
     listed = push(directory, REPO, "--dry-run")
     assert listed.returncode == 0 and not hub.repos, listed.stderr
+    assert "Warning: vLLM" in listed.stderr and "224 and 112 px" in listed.stderr
 
     hub.broken = True  # after the first file
     result = push(directory, REPO, "--private")

@@ -1,0 +1,130 @@
+"""Exports a Step3 model to ONNX in parts, and compares each part with the model by onnxruntime.
+
+python scripts/export_onnx.py DIRECTORY
+python scripts/export_onnx.py DIRECTORY --model checkpoints/step3-tiny
+"""
+
+import argparse
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnxruntime
+import torch
+from describe import TINY
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, logging
+
+import step3_vl
+
+
+# Rounding errors of float32, as a share of the largest value.
+TOLERANCE = 1e-5
+
+
+class PictureEncoder(nn.Module):
+    """
+    The vision encoder and the projector: pixels (pictures, channels, side, side) to features (pictures, image tokens,
+    hidden_size). Global views and patches differ in `side`, and are encoded alike.
+    """
+
+    def __init__(self, model: "step3_vl.Step3VLForConditionalGeneration"):
+        super().__init__()
+        self.model = model.model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model.project(self.model.vision_model(pixel_values).last_hidden_state)
+
+
+class Embeddings(nn.Module):
+    """
+    Tokens (batch, tokens) to embeddings (batch, tokens, hidden_size), where pictures' features take the places of their
+    image tokens.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.embed_tokens = model.get_input_embeddings()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+
+class TextModel(nn.Module):
+    """
+    The decoder and the head, without a cache: embeddings (batch, tokens, hidden_size) to logits (batch, tokens,
+    vocab_size).
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
+
+
+def export(part: nn.Module, example: torch.Tensor, num_dynamic: int) -> ExportedProgram:
+    """A part as a program that takes its argument's first `num_dynamic` dimensions in any size."""
+    with torch.no_grad():
+        return torch.export.export(part, (example,), dynamic_shapes=(dict.fromkeys(range(num_dynamic), Dim.DYNAMIC),))
+
+
+def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -> float:
+    """
+    Writes a part as ONNX, and returns its largest difference to what is written, as a share of its largest value, over
+    arguments of several sizes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        program = torch.onnx.export(export(part, example, num_dynamic), verbose=False)
+        program.save(path, external_data=True)  # a file of ONNX alone holds 2 GB at most
+    session = onnxruntime.InferenceSession(path)
+    differences = []
+    for count in (1, 2, 5):
+        argument = example.repeat(*[count] * num_dynamic, *[1] * (example.ndim - num_dynamic))[count - 1 :]
+        with torch.no_grad():
+            expected = part(argument)
+        (actual,) = session.run(None, {session.get_inputs()[0].name: argument.numpy()})
+        differences.append(float((torch.from_numpy(actual) - expected).abs().max() / expected.abs().max()))
+    return max(differences)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("directory", type=Path, help="where to put the files; must not exist yet")
+    parser.add_argument("--model", default=TINY, help="directory or hub id (default: the small one that comes along)")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    if arguments.directory.exists():
+        parser.error(f"{arguments.directory} exists already; choose another place or remove it.")
+    is_whole = isinstance(AutoConfig.from_pretrained(arguments.model), step3_vl.Step3VLConfig)
+    auto_class = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+    # The other implementations of experts take steps that ONNX does not know.
+    model = auto_class.from_pretrained(arguments.model, dtype=torch.float32, experts_implementation="batched_mm").eval()
+    text_config = model.config.get_text_config()
+    tokens = torch.arange(14).view(2, 7) % text_config.vocab_size
+    parts = {
+        "embeddings": (Embeddings(model), tokens, ("batch", "tokens")),
+        "text_model": (TextModel(model), torch.randn(2, 7, text_config.hidden_size), ("batch", "tokens")),
+    }
+    if is_whole:
+        image_processor = AutoProcessor.from_pretrained(arguments.model).image_processor
+        channels = model.config.vision_config.num_channels
+        for name, side in (("picture", image_processor.size["height"]), ("patch", image_processor.patch_size)):
+            parts[f"{name}_encoder"] = (PictureEncoder(model), torch.randn(2, channels, side, side), ("pictures",))
+    arguments.directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.directory.parent) as unfinished:
+        target = Path(unfinished, "onnx")
+        target.mkdir()
+        for name, (part, example, dynamic) in parts.items():
+            difference = save(part, target / f"{name}.onnx", example, len(dynamic))
+            print(f"{name}.onnx: within {difference:.0e} of the model, for any number of {' and '.join(dynamic)}")
+            if not difference <= TOLERANCE:
+                parser.exit(1, f"{parser.prog}: {name} differs by more than {TOLERANCE:.0e}; nothing was written.\n")
+        target.rename(arguments.directory)
+
+
+if __name__ == "__main__":
+    main()

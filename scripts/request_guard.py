@@ -1,0 +1,358 @@
+"""
+Looks at requests before a serving engine does: an ASGI middleware, for `transformers serve` and vLLM alike.
+
+What an engine would fail on, or should not do for a stranger, ends in a 4xx that says why. `serve.py` puts it there;
+run as a program, it is transformers' own command line with the guard in front:
+
+python scripts/request_guard.py serve DIRECTORY
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import os
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image, UnidentifiedImageError
+from starlette.responses import JSONResponse
+
+
+# Where `serve.py` leaves the rules for the process that it starts.
+RULES = "STEP3_REQUEST_RULES"
+ASKED = ("/v1/chat/completions", "/v1/completions")
+READ = ("/health", "/metrics", "/ping", "/v1/models", "/version")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Those that Pillow reads without the help of other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()  # all readers are there
+MAX_BODY, MAX_PIXELS = 64 * 2**20, 2**26
+# A picture with a side below this and a more extreme aspect ratio is padded to a square.
+MIN_SIDE, MAX_PADDED_RATIO = 32, 4
+NUMBER = (int, float)
+# The fields that an engine reads without a look at their types.
+FIELDS = {
+    "chat_template_kwargs": dict,
+    "frequency_penalty": NUMBER,
+    "logit_bias": dict,
+    "max_completion_tokens": int,
+    "max_tokens": int,
+    "model": str,
+    "n": int,
+    "presence_penalty": NUMBER,
+    "seed": int,
+    "stop": (str, list),
+    "stream": bool,
+    "temperature": NUMBER,
+    "tools": list,
+    "top_p": NUMBER,
+}
+# The server's own affair: sizes that the model does not have, or a whole configuration.
+OWN_FIELDS = ("chat_template", "generation_config", "mm_processor_kwargs", "media_io_kwargs")
+ERROR_EVENT = b'data: {"error": "'
+
+
+class Refusal(Exception):
+    """Why a request is not answered, and with which status."""
+
+    def __init__(self, reason: str, status: int = 400):
+        super().__init__(reason)
+        self.status = status
+
+
+def refusal_response(error: Exception) -> JSONResponse:
+    status = getattr(error, "status", 400)
+    detail = {"message": str(error), "type": "invalid_request_error", "param": None, "code": status}
+    return JSONResponse({"error": detail}, status)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """
+    What a server lets its clients do.
+
+    Args:
+        folder: Where pictures may be read from by their paths; nowhere if `None`.
+        domains: Hosts that pictures may be fetched from.
+        sizes: vLLM's sizes of the model's pictures, where they are not the released ones; added to every request.
+        takes_pictures: Whether the model does.
+        takes_stop: Whether the engine can end an answer at a text; transformers 5.24 fails on it beside pictures.
+        starts_streams_early: Whether the engine answers 200 before it knows that it can.
+    """
+
+    folder: str | None = None
+    domains: tuple[str, ...] = ()
+    sizes: dict[str, int] | None = None
+    takes_pictures: bool = True
+    takes_stop: bool = True
+    starts_streams_early: bool = False
+
+    def to_environment(self) -> dict[str, str]:
+        return {RULES: json.dumps(asdict(self))}
+
+    def check(self, path: str, data: bytes) -> bytes:
+        """
+        The body of a request as the engine gets it.
+
+        Raises:
+            `Refusal`: if the engine should not get it.
+        """
+        try:
+            body = json.loads(data)
+        except ValueError as error:  # also of bytes that are no text
+            raise Refusal(f"The body is not valid JSON: {error}.") from None
+        except RecursionError:
+            raise Refusal("The body is not valid JSON: nested too deep.") from None
+        if not isinstance(body, dict):
+            raise Refusal("The body must be a JSON object.")
+        self._check_fields(body)
+        if path == "/v1/completions":
+            if not isinstance(body.get("prompt"), str) or not body["prompt"]:
+                raise Refusal("`prompt` must be a text that is not empty.")
+            self._check_text(body["prompt"])
+        else:
+            self._check_messages(body.get("messages"))
+            if self.sizes:
+                body["mm_processor_kwargs"] = self.sizes
+        return json.dumps(body).encode()
+
+    def _check_fields(self, body: dict) -> None:
+        for name in OWN_FIELDS:
+            if body.get(name) is not None:
+                raise Refusal(f"`{name}` is for the server to set.")
+        for name, kind in FIELDS.items():
+            value = body.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                raise Refusal(f"`{name}` must be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.100}.")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if body.get(name) is not None and body[name] < 1:
+                raise Refusal(f"`{name}` must be at least 1, got {body[name]}.")
+        if not (body.get("temperature") or 0) >= 0:
+            raise Refusal(f"`temperature` must not be negative, got {body['temperature']}.")
+        if body.get("top_p") is not None and not 0 < body["top_p"] <= 1:
+            raise Refusal(f"`top_p` must lie in (0, 1], got {body['top_p']}.")
+        stops = body.get("stop") or []
+        if not all(isinstance(text, str) and text for text in ([stops] if isinstance(stops, str) else stops)):
+            raise Refusal("`stop` must be a text or a list of texts, none of them empty.")
+        if stops and not self.takes_stop:
+            raise Refusal("`stop` is not taken by this engine with a model of pictures.")
+        if unknown := sorted((body.get("chat_template_kwargs") or {}).keys() - {"enable_thinking"}):
+            raise Refusal(f"`chat_template_kwargs` may hold `enable_thinking`, got {unknown!r:.100}.")
+        for tool in body.get("tools") or []:
+            if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
+                raise Refusal("`tools` must hold objects with a `function`.")
+
+    def _check_messages(self, messages: object) -> None:
+        if not isinstance(messages, list) or not messages:
+            raise Refusal("`messages` must be a list with at least one message.")
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                role = message.get("role") if isinstance(message, dict) else message
+                raise Refusal(f"`messages[{i}]` must have a role of {', '.join(ROLES)}, got {role!r:.100}.")
+            content = message.get("content")
+            if content is None and not (message["role"] == "assistant" and message.get("tool_calls")):
+                raise Refusal(f"`messages[{i}]` must have a `content`.")
+            calls = message.get("tool_calls") or []
+            if not isinstance(calls, list) or not all(
+                isinstance(call, dict) and isinstance(call.get("function"), dict) and "arguments" in call["function"]
+                for call in calls
+            ):
+                raise Refusal(f"`messages[{i}].tool_calls` must hold functions with arguments.")
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+                self._check_part(f"messages[{i}]", part)
+
+    def _check_part(self, where: str, part: object) -> None:
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind == "text" and isinstance(part.get("text"), str):
+            self._check_text(part["text"])
+            return
+        image = part.get("image_url") if kind == "image_url" else None
+        url = image.get("url") if isinstance(image, dict) else image
+        if not isinstance(url, str):
+            raise Refusal(f"`{where}.content` must hold parts with a `text` or an `image_url`, got {part!r:.100}.")
+        if not self.takes_pictures:
+            raise Refusal("This model takes no pictures.")
+        part.clear()
+        part.update(type="image_url", image_url={"url": self._check_picture(url)})
+
+    @staticmethod
+    def _check_text(text: str) -> None:
+        if "<im_patch>" in text:
+            raise Refusal("A text must not hold <im_patch>, which stands for a picture; give pictures as `image_url`.")
+
+    def _check_picture(self, url: str) -> str:
+        """The address that the engine gets: a `data:` URL, or one on a host that is allowed."""
+        scheme = urlsplit(url[:2000]).scheme
+        if scheme in ("http", "https"):
+            if urlsplit(url).hostname not in self.domains:
+                raise Refusal(f"Pictures are not fetched from {urlsplit(url).hostname!r:.100}; send a data: URL.")
+            return url
+        if scheme == "data":
+            head, _, data = url.partition(",")
+            if not head.startswith("data:image/") or not head.endswith(";base64"):
+                raise Refusal(f"A data: URL must begin with data:image/...;base64, got {head!r:.100}.")
+            try:
+                picture = base64.b64decode(data, validate=True)
+            except binascii.Error as error:
+                raise Refusal(f"The picture's base64 cannot be read: {error}.") from None
+        elif self.folder is not None and scheme in ("", "file"):
+            path = Path(unquote(urlsplit(url).path) if scheme else url)
+            head, picture = "data:image/png;base64", self._read(path)
+        else:
+            raise Refusal(f"A picture must be a data: URL (data:image/png;base64,...), got {url!r:.100}.")
+        check_size(picture)
+        return f"{head},{base64.b64encode(picture).decode()}"
+
+    def _read(self, path: Path) -> bytes:
+        home = Path(self.folder).resolve()
+        # No difference between what lies elsewhere and what is not there: it would tell what is.
+        refused = Refusal(f"There is no picture {str(path)!r:.100} in the folder that pictures are read from.")
+        try:
+            path = (home / path).resolve(strict=True)
+            if not path.is_relative_to(home) or not path.is_file() or path.stat().st_size > MAX_BODY:
+                raise refused
+            return path.read_bytes()
+        except (OSError, ValueError):  # ValueError: of a name with a zero byte
+            raise refused from None
+
+
+def check_size(picture: bytes) -> None:
+    """Raises a `Refusal` unless these are a picture's first bytes, and it does not grow too large."""
+    try:
+        with Image.open(BytesIO(picture), formats=FORMATS) as image:
+            width, height = image.size
+    except UnidentifiedImageError:
+        raise Refusal(f"The picture is none, or of another format than {', '.join(FORMATS)}.") from None
+    except Image.DecompressionBombError as error:
+        raise Refusal(str(error), 413) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise Refusal(f"The picture cannot be read: {error}") from None
+    shorter, longer = sorted((width, height))
+    is_padded = shorter < MIN_SIDE and longer > MAX_PADDED_RATIO * shorter
+    if max(width * height, is_padded * longer**2) > MAX_PIXELS:
+        padded = ", padded to a square," if is_padded else ""
+        raise Refusal(f"A picture{padded} must have at most {MAX_PIXELS} pixels, got {width} x {height}.", 413)
+
+
+class RequestGuard:
+    """The middleware. Its rules stand in the environment."""
+
+    def __init__(self, app):
+        self.app = app
+        self.rules = Rules(**json.loads(os.environ.get(RULES, "{}")))
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+        try:
+            if scope["type"] != "http" or path not in (ASKED if scope["method"] == "POST" else READ):
+                raise Refusal(f"This server answers POST to {', '.join(ASKED)} and GET to {', '.join(READ)}.", 404)
+            if scope["method"] == "POST":
+                body = await asyncio.to_thread(self.rules.check, path, await read_body(receive))
+                headers = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-type")]
+                headers += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+                scope, receive = {**scope, "headers": headers}, replay(body, receive)
+        except Refusal as error:
+            await refusal_response(error)(scope, receive, send)
+            return
+        if self.rules.starts_streams_early:
+            send = hold_start(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+async def read_body(receive) -> bytes:
+    body = bytearray()
+    async for part in parts_of(receive):
+        body += part
+        if len(body) > MAX_BODY:
+            raise Refusal(f"A request must have at most {MAX_BODY} bytes.", 413)
+    return bytes(body)
+
+
+async def parts_of(receive) -> AsyncIterator[bytes]:
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return
+        yield message.get("body", b"")
+        if not message.get("more_body"):
+            return
+
+
+def replay(body: bytes, receive):
+    """A `receive` that gives the body first, and then what else comes: that the client has gone."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> dict:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again
+
+
+def hold_start(scope, receive, send):
+    """A `send` that keeps a stream back until its second part is there: if that is an error, a 400 is sent instead."""
+    held, is_refused = [], False
+
+    async def send_held(message: dict) -> None:
+        nonlocal is_refused
+        if is_refused:
+            return
+        if message["type"] == "http.response.start":
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            if message["status"] == 200 and kind.startswith(b"text/event-stream"):
+                held.append(message)
+                return
+        elif len(held) == 1 and message.get("more_body"):
+            held.append(message)
+            return
+        elif held:
+            text = message.get("body", b"")
+            if text.startswith(ERROR_EVENT):
+                is_refused = True
+                reason = text[len(ERROR_EVENT) :].decode().rstrip().removesuffix('"}')
+                await refusal_response(Refusal(reason))(scope, receive, send)
+                return
+            for waiting in held:
+                await send(waiting)
+            held.clear()
+        await send(message)
+
+    return send_held
+
+
+def serve_with_transformers() -> None:
+    """transformers' command line, with Step3 registered and the guard in front of its server."""
+    import transformers
+    import uvicorn
+    from jinja2 import TemplateError
+    from transformers.cli.transformers import main
+
+    import step3_vl  # registers Step3-VL with the Auto classes
+
+    async def answer(request, error: Exception) -> JSONResponse:
+        return refusal_response(error)
+
+    class GuardedConfig(uvicorn.Config):
+        def __init__(self, app, **options):
+            # What the processor and `generate` raise for arguments that have no right answer.
+            for kind in (ValueError, OSError, TemplateError, Image.DecompressionBombError):
+                app.add_exception_handler(kind, answer)
+            app.add_middleware(RequestGuard)
+            super().__init__(app, **options)
+
+    uvicorn.Config = GuardedConfig
+    transformers.Step3TextForCausalLM = step3_vl.Step3TextForCausalLM  # where the server looks for a text model's class
+    main()
+
+
+if __name__ == "__main__":
+    serve_with_transformers()
