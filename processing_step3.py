@@ -14,6 +14,7 @@
 """Pictures and prompts of Step3-VL: how a picture is viewed and cut, and the tokens it takes in the text."""
 
 import base64
+import copy
 import json
 import math
 import os
@@ -154,13 +155,12 @@ CHAT_TEMPLATE = """\
 {{- '<|BOT|>assistant\\n' ~ ('<think>' if enable_thinking is defined and enable_thinking else '') }}
 {%- endif %}
 """
-# What `parse_response` reads an answer by: the marks of the template above, which are the released model's. Reasoning
-# may have been opened by the prompt, or not at all.
+# What an answer is read by: the marks of the template above, which are the released model's.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|BOT|>assistant\n",
     "fields": {
-        "reasoning_content": {"open_pattern": r"<think>|\A(?=.*?</think>)", "close": "</think>"},
+        "reasoning_content": {"open": "<think>", "close": "</think>"},
         "tool_calls": {
             "open_pattern": r"\s*(?:<｜tool_calls_begin｜>\s*)?<｜tool_call_begin｜>\s*function\s*<｜tool_sep｜>\s*"
             r'<steptml:invoke name="(?P<name>[^"]+)">',
@@ -174,6 +174,12 @@ RESPONSE_TEMPLATE = {
         },
         "content": {"close_pattern": r"\s*<\|EOT\|>.*", "content": "text", "repeats": True, "join": ""},
     },
+}
+# The same of a whole answer, whose reasoning may end without having begun; a stream would have to wait for that.
+WHOLE_RESPONSE_TEMPLATE = copy.deepcopy(RESPONSE_TEMPLATE)
+WHOLE_RESPONSE_TEMPLATE["fields"]["reasoning_content"] = {
+    "open_pattern": r"<think>|\A(?=.*?</think>)",
+    "close": "</think>",
 }
 
 
@@ -697,7 +703,7 @@ class Step3VLProcessor(ProcessorMixin):
 
     def parse_response(self, response, schema: dict | None = None, **kwargs):
         """As for any processor; reasoning and tool calls are found by their marks if the tokenizer does not say how."""
-        schema = schema or getattr(self.tokenizer, "response_template", None) or RESPONSE_TEMPLATE
+        schema = schema or getattr(self.tokenizer, "response_template", None) or WHOLE_RESPONSE_TEMPLATE
         return super().parse_response(response, schema, **kwargs)
 
     @property

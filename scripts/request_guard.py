@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -337,6 +338,7 @@ def serve_with_transformers() -> None:
     from transformers.cli.transformers import main
 
     import step3_vl  # registers Step3-VL with the Auto classes
+    from step3_vl.processing_step3 import RESPONSE_TEMPLATE
 
     async def answer(request, error: Exception) -> JSONResponse:
         return refusal_response(error)
@@ -350,6 +352,9 @@ def serve_with_transformers() -> None:
             super().__init__(app, **options)
 
     uvicorn.Config = GuardedConfig
+    # Where the server looks for how to read tool calls and thoughts; without it they are a part of the text.
+    templates = getattr(import_module("transformers.cli.serving.utils"), "_RESPONSE_TEMPLATE_FALLBACKS", {})
+    templates["step3_vl", "step3_text"] = RESPONSE_TEMPLATE
     transformers.Step3TextForCausalLM = step3_vl.Step3TextForCausalLM  # where the server looks for a text model's class
     main()
 
