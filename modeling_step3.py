@@ -281,17 +281,18 @@ def step3_experts_forward(
     top_k_weights: torch.Tensor,
     grouped_mm: Callable,
 ) -> torch.Tensor:
-    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token sums, of which
-    the compiler makes kernels that read the chosen experts where they are; any product would need a copy of them."""
-    if hidden_states.shape[0] > 1 or not torch.compiler.is_compiling():
+    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token, and a few on a
+    CPU, sums, of which the compiler makes kernels that read the chosen experts where they are, without a copy."""
+    is_few = hidden_states.device.type == "cpu" and 2 * top_k_index.numel() <= self.num_experts
+    if not torch.compiler.is_compiling() or (hidden_states.shape[0] > 1 and not is_few):
         return grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
-    experts = top_k_index[0].clamp(max=self.num_experts - 1)
+    experts = top_k_index.clamp(max=self.num_experts - 1)
     dtype, sum_dtype = hidden_states.dtype, torch.promote_types(hidden_states.dtype, torch.float32)
-    gate_up = (self.gate_up_proj[experts] * hidden_states.to(sum_dtype)).sum(-1).to(dtype)
-    states = self._apply_gate(gate_up).unsqueeze(1)
+    gate_up = (self.gate_up_proj[experts] * hidden_states[:, None, None].to(sum_dtype)).sum(-1).to(dtype)
+    states = self._apply_gate(gate_up).unsqueeze(2)
     output = (self.down_proj[experts] * states.to(sum_dtype)).sum(-1)
-    return (output * top_k_weights.t()).sum(0, keepdim=True).to(dtype)
+    return (output * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
 
 
 ALL_EXPERTS_FUNCTIONS = find("integrations.moe", "ALL_EXPERTS_FUNCTIONS")

@@ -243,20 +243,23 @@ def test_decode_step_compiles_whole_and_gives_the_same_tokens(attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiled_token_reads_its_experts_where_they_are(dtype):
-    config = small_config(text={"moe_intermediate_size": 512, "hidden_size": 64})
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_few_compiled_tokens_read_their_experts_where_they_are(rows, dtype):
+    config = small_config(text={"moe_intermediate_size": 512, "hidden_size": 64, "moe_num_experts": 24})
     model = small_model(config, dtype=dtype).model.language_model
     assert model.config._experts_implementation == "step3"
     past = StaticCache(config=model.config, max_cache_len=40)
-    step = {"input_ids": torch.tensor([[5]]), "cache": past, "attention_mask": torch.ones(1, 10).long()}
+    ids = torch.randint(10, 40, (rows, 10))
+    step = {"input_ids": ids[:, -1:], "cache": past, "attention_mask": torch.ones(rows, 10).long()}
     with torch.no_grad():
-        model(torch.arange(9)[None], cache=past)
+        model(ids[:, :-1], cache=past)
         output, codes = run_and_get_code(torch.compile(model, fullgraph=True), **step)
-        expected = model(torch.cat([torch.arange(9), torch.tensor([5])])[None]).last_hidden_state[:, -1:]
+        expected = model(ids).last_hidden_state[:, -1:]
     torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
     buffers = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", "".join(codes))
     sizes = [math.prod(map(int, filter(None, buffer.replace(" ", "").split(",")))) for buffer in buffers]
     assert sizes and max(sizes) < 512 * 64, buffers  # less than the smaller weight of one expert
+    assert "grouped_mm" not in "".join(codes)
 
 
 def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
