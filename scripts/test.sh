@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Runs the tests: bash scripts/test.sh [--transformers VERSION|newest | --engines DIRECTORY] [options of pytest]
-# Another release of transformers than the one in constraints.txt gets an environment of its own. --engines runs the
-# tests that ask vLLM, whose environment is made in DIRECTORY unless it is there.
+# Runs the tests: bash scripts/test.sh [--transformers VERSION|newest | --engines DIRECTORY | --tuning] [options of pytest]
+# Another release of transformers than the one in constraints.txt gets an environment of its own, and so do, by --tuning,
+# the libraries that fine-tune and quantise. --engines runs the tests that ask vLLM, whose environment is made in
+# DIRECTORY unless it is there.
 set -euo pipefail
-release= engines=
+release= engines= tuning=
 case "${1:-}" in
   --transformers) release=${2:?give a version, or newest} && shift 2 ;;
+  --tuning) tuning=tuning && shift ;;
   --engines) engines=$(realpath -m -- "${2:?give a directory}") && shift 2 ;;
 esac
-environment=.venv${release:+-$release}
+environment=.venv${release:+-$release}${tuning:+-$tuning}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook,finetune,quantize,serve,export
+extras=test,notebook,serve,export
+if [ -n "$tuning" ]; then
+  extras=test,finetune,quantize
+  set -- tests/test_finetune.py tests/test_quantisation.py "$@"
+fi
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
   constraints="$environment/constraints.txt"
