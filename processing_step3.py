@@ -164,7 +164,7 @@ RESPONSE_TEMPLATE = {
         "tool_calls": {
             "open_pattern": r"\s*(?:<｜tool_calls_begin｜>\s*)?<｜tool_call_begin｜>\s*function\s*<｜tool_sep｜>\s*"
             r'<steptml:invoke name="(?P<name>[^"]+)">',
-            "close_pattern": r"</steptml:invoke>\s*<｜tool_call_end｜>(?:\s*<｜tool_calls_end｜>)?",
+            "close_pattern": r"</steptml:invoke>\s*<｜tool_call_end｜>",
             "content": "xml-inline",
             "content_args": {
                 "tag_pattern": r'<steptml:parameter name="(?P<key>[^"]+)">(?P<value>.*?)</steptml:parameter>'
@@ -172,7 +172,7 @@ RESPONSE_TEMPLATE = {
             "repeats": True,
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
         },
-        "content": {"close_pattern": r"\s*<\|EOT\|>.*", "content": "text", "repeats": True, "join": ""},
+        "content": {"close_pattern": r"\s*(?:<｜tool_calls_end｜>|<\|EOT\|>)", "repeats": True, "join": ""},
     },
 }
 # The same of a whole answer, whose reasoning may end without having begun; a stream would have to wait for that.

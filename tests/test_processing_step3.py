@@ -14,8 +14,10 @@ from benchmark import plain_pixels
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.utils.chat_parsing import ResponseParser
 
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
+from step3_vl.processing_step3 import RESPONSE_TEMPLATE
 
 
 pytestmark = pytest.mark.releases
@@ -312,6 +314,12 @@ def test_tools_and_reasoning_round_trip(processor):
     assert processor.parse_response(answer, prefix=prompt, tools=[get_weather]) == reply
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
     assert processor.parse_response([ids], prefix=prompt, tools=[get_weather]) == [reply]
+    # As a server reads it, however the pieces fall.
+    for size in (1, 7):
+        parser = ResponseParser(RESPONSE_TEMPLATE, prefix=prompt, tools=[get_weather])
+        for start in range(0, len(answer), size):
+            parser.feed(answer[start : start + size])
+        assert parser.finalize()[0] == reply
     # Without types the values are the text that was written, and reasoning may end that nothing began.
     untyped = processor.parse_response(answer, prefix="")
     assert untyped["reasoning_content"] == "So\nthen." and untyped["content"] == "I look."
