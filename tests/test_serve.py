@@ -1,6 +1,7 @@
 """The real servers, started and asked as from a shell: transformers' always, vLLM's by `scripts/test.sh --engines`."""
 
 import base64
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 
@@ -27,8 +29,10 @@ from conftest import ROOT, run
 from describe import TINY
 from draw_scene import draw_scene
 from evaluate_tiny import fresh_scenes
+from make_random_model import make_random_model, make_tokenizer
 from request_guard import MAX_BODY, Refusal, Rules
-from transformers import AutoProcessor
+from serve import THINK_END, THINK_START, TOOL_TOKENS
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 ENGINES = os.environ.get("STEP3_ENGINES")
@@ -78,10 +82,10 @@ def question(url: str, text: str, **more) -> dict:
 
 
 class Server:
-    def __init__(self, engine: str, folder: Path, log: Path):
+    def __init__(self, engine: str, log: Path, directory: Path, *options):
         self.log, self.port = log, free_port()
-        line = command(engine, TINY, "--port", self.port, "--pictures-from", folder)
-        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, cwd=folder)
+        line = command(engine, directory, "--port", self.port, *options)
+        self.process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
         self.url = f"http://127.0.0.1:{self.port}"
         self.told = ""
         while "print(" not in self.told:
@@ -118,9 +122,97 @@ class Server:
 def server(request, tmp_path_factory):
     home = tmp_path_factory.mktemp(request.param)
     (home / "pictures").mkdir()
-    server = Server(request.param, home / "pictures", home / "log.txt")
+    server = Server(request.param, home / "log.txt", TINY, "--pictures-from", home / "pictures")
     yield server
     server.stop()
+
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "Looks at a place.",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string"}, "times": {"type": "integer"}}},
+    },
+}
+ASKED, GREETED = {"role": "user", "content": "What is there?"}, {"role": "user", "content": "Hello"}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [
+        {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "the top", "times": 2}}}
+    ],
+}
+SEEN, TOLD = (
+    {"role": "tool", "tool_call_id": "1", "content": "a star"},
+    {"role": "assistant", "reasoning_content": "Seen.", "content": "A star."},
+)
+THOUGHT = {"role": "assistant", "reasoning_content": "Be brief.", "content": "Hi."}
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory) -> Path:
+    """A small model with the marks of tools and thoughts, which knows three answers by heart."""
+    directory = tmp_path_factory.mktemp("parrot") / "parrot"
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([*TOOL_TOKENS, "<｜tool_sep｜>"], special_tokens=True)
+    tokenizer.add_tokens([THINK_START, THINK_END])
+    sizes = ["text_config.head_dim=64", "text_config.hidden_size=128", "text_config.initializer_range=0.05"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("make_random_model.make_tokenizer", lambda: tokenizer)
+        make_random_model(directory, sizes)
+    model, processor = AutoModelForImageTextToText.from_pretrained(directory), AutoProcessor.from_pretrained(directory)
+    samples = []
+    for turns, options in (
+        ([ASKED, {**CALLED, "reasoning_content": "Look first."}], {"tools": [TOOL]}),
+        ([ASKED, CALLED, SEEN, TOLD], {"tools": [TOOL]}),
+        ([GREETED, THOUGHT], {}),
+    ):
+        options["enable_thinking"] = True
+        prompt = processor.apply_chat_template(turns[:-1], add_generation_prompt=True, **options)
+        whole = processor.apply_chat_template(turns, **options)
+        assert whole.startswith(prompt)
+        prompt, whole = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (prompt, whole))
+        labels = whole.clone()
+        labels[:, : prompt.shape[1]] = -100
+        samples.append({"input_ids": whole, "labels": labels})
+    optimizer, loss = torch.optim.AdamW(model.parameters(), lr=2e-3), torch.inf
+    for _ in range(300):
+        losses = [model(**sample).loss for sample in samples]
+        loss = sum(losses)
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.engines])])
+def test_tools_and_thoughts_go_round(engine, parrot, tmp_path):
+    server = Server(engine, tmp_path / "log.txt", parrot, "--thinking")
+    create = functools.partial(server.client.chat.completions.create, model="parrot", temperature=0, max_tokens=300)
+    try:
+        thought = create(messages=[GREETED]).choices[0].message
+        assert (getattr(thought, "reasoning_content", None) or thought.reasoning, thought.content) == (
+            "Be brief.",
+            "Hi.",
+        )
+        choice = create(messages=[ASKED], tools=[TOOL]).choices[0]
+        assert choice.message.tool_calls, choice
+        (call,) = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls" and call.function.name == "look"
+        assert json.loads(call.function.arguments) == {"at": "the top", "times": 2}
+        turns = [ASKED, {"role": "assistant", "tool_calls": [call.model_dump()]}, {**SEEN, "tool_call_id": call.id}]
+        answer = create(messages=turns, tools=[TOOL]).choices[0].message
+        assert answer.content == TOLD["content"] and not answer.tool_calls
+        parts = create(messages=[ASKED], tools=[TOOL], stream=True)
+        calls = [call.function for part in parts if part.choices for call in part.choices[0].delta.tool_calls or []]
+        assert "".join(call.name or "" for call in calls) == "look"
+        assert json.loads("".join(call.arguments or "" for call in calls)) == {"at": "the top", "times": 2}
+    finally:
+        server.stop()
 
 
 SCENE = draw_scene(2 * 10**9 + 5)
