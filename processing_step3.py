@@ -172,7 +172,11 @@ RESPONSE_TEMPLATE = {
             "repeats": True,
             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}},
         },
-        "content": {"close_pattern": r"\s*(?:<｜tool_calls_end｜>|<\|EOT\|>)", "repeats": True, "join": ""},
+        "content": {
+            "close_pattern": r"\s*(?:<｜tool_calls_end｜>|<\|EOT\|>|<｜end▁of▁sentence｜>)",
+            "repeats": True,
+            "join": "",
+        },
     },
 }
 # The same of a whole answer, whose reasoning may end without having begun; a stream would have to wait for that.

@@ -324,7 +324,8 @@ def test_tools_and_reasoning_round_trip(processor):
     untyped = processor.parse_response(answer, prefix="")
     assert untyped["reasoning_content"] == "So\nthen." and untyped["content"] == "I look."
     assert untyped["tool_calls"][1]["function"]["arguments"]["days"] == "3"
-    assert processor.parse_response("Noise.<|EOT|>", prefix="") == {"role": "assistant", "content": "Noise."}
+    for end in ("", "<|EOT|>", "<｜end▁of▁sentence｜>"):
+        assert processor.parse_response(f"Noise.{end}", prefix="") == {"role": "assistant", "content": "Noise."}
 
     # As OpenAI's clients send it.
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
