@@ -286,6 +286,11 @@ def shape_of(weight) -> list[int]:
     return list(weight.shape) if isinstance(weight, torch.Tensor) else weight.get_shape()
 
 
+def read_all(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The same weights, as tensors."""
+    return {name: weight if isinstance(weight, torch.Tensor) else weight[...] for name, weight in weights.items()}
+
+
 class StackedWeight:
     """Weights of single experts as the one that holds them all, (experts, rows, columns); read when it is indexed."""
 
@@ -561,6 +566,7 @@ class Step3Checkpoint:
                 weights = stack_experts(weights, num_experts)
             if is_dequantized or is_changed:
                 return load(weights, None, load_config)
+        del weights  # which may be whole .bin files, about to be read again
         return load(state_dict, checkpoint_files, load_config)
 
     def save_pretrained(self, save_directory, *args, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
@@ -572,8 +578,7 @@ class Step3Checkpoint:
             weights = self.state_dict() if state_dict is None else state_dict
             experts = [match for match in map(SINGLE_EXPERT.fullmatch, weights) if match is not None]
             if experts and all(match["rest"].endswith("_proj.weight") for match in experts):
-                weights = stack_experts(weights, self.config.get_text_config().moe_num_experts)
-                state_dict = {name: w[...] if isinstance(w, StackedWeight) else w for name, w in weights.items()}
+                state_dict = read_all(stack_experts(weights, self.config.get_text_config().moe_num_experts))
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def resize_token_embeddings(
@@ -602,8 +607,7 @@ class Step3Checkpoint:
                 rewrite.apply(module)
             return result
         if has_linear_experts(self):
-            weights = unstack_experts(state_dict, self.config.get_text_config().moe_num_experts)
-            state_dict = {name: w[...] if isinstance(w, ExpertWeight) else w for name, w in weights.items()}
+            state_dict = read_all(unstack_experts(state_dict, self.config.get_text_config().moe_num_experts))
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
