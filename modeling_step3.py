@@ -54,9 +54,11 @@ from .checkpoint_step3 import (
     Step3Checkpoint,
     Step3GenerationInputs,
     Step3Rewritable,
+    apply_linear,
     find,
     need,
     one_cache,
+    sum_products,
 )
 from .configuration_step3 import (
     Step3TextConfig,
@@ -204,7 +206,7 @@ class Step3TextAttention(Rewritable):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         low_rank_states, key_states, value_states = self.project(hidden_states, FUSE_QKV)
-        query_states = self.wq(self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
+        query_states = apply_linear(self.wq, self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
         key_states = key_states.view(hidden_shape).transpose(1, 2)
         value_states = value_states.view(hidden_shape).transpose(1, 2)
         cos, sin = position_embeddings
@@ -229,7 +231,7 @@ class Step3TextAttention(Rewritable):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+        return apply_linear(self.o_proj, attn_output.reshape(*input_shape, -1)), attn_weights
 
 
 class Step3TextMLP(Rewritable):
@@ -244,7 +246,7 @@ class Step3TextMLP(Rewritable):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.project(hidden_states, FUSE_GATE_UP)
-        return self.down_proj(self.act_fn(gate) * up)
+        return apply_linear(self.down_proj, self.act_fn(gate) * up)
 
 
 class Step3TextTopKRouter(nn.Module):
@@ -281,18 +283,17 @@ def step3_experts_forward(
     top_k_weights: torch.Tensor,
     grouped_mm: Callable,
 ) -> torch.Tensor:
-    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token, and a few on a
-    CPU, sums, of which the compiler makes kernels that read the chosen experts where they are, without a copy."""
-    is_few = hidden_states.device.type == "cpu" and 2 * top_k_index.numel() <= self.num_experts
-    if not torch.compiler.is_compiling() or (hidden_states.shape[0] > 1 and not is_few):
+    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token, and on a CPU up
+    to two an expert, sums, which read the chosen experts where they are, without a copy."""
+    num_tokens, top_k = top_k_index.shape
+    is_few = hidden_states.device.type == "cpu" and num_tokens * top_k <= 2 * self.num_experts
+    if not torch.compiler.is_compiling() or (num_tokens > 1 and not is_few):
         return grouped_mm(self, hidden_states, top_k_index, top_k_weights)
     # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
-    experts = top_k_index.clamp(max=self.num_experts - 1)
-    dtype, sum_dtype = hidden_states.dtype, torch.promote_types(hidden_states.dtype, torch.float32)
-    gate_up = (self.gate_up_proj[experts] * hidden_states[:, None, None].to(sum_dtype)).sum(-1).to(dtype)
-    states = self._apply_gate(gate_up).unsqueeze(2)
-    output = (self.down_proj[experts] * states.to(sum_dtype)).sum(-1)
-    return (output * top_k_weights.unsqueeze(-1)).sum(1).to(dtype)
+    experts, order = top_k_index.clamp(max=self.num_experts - 1).flatten().sort()
+    gate_up = sum_products(self.gate_up_proj, hidden_states[order // top_k], experts).type_as(hidden_states)
+    output = sum_products(self.down_proj, self._apply_gate(gate_up), experts)[order.argsort()]
+    return (output.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(1).type_as(hidden_states)
 
 
 ALL_EXPERTS_FUNCTIONS = find("integrations.moe", "ALL_EXPERTS_FUNCTIONS")
@@ -353,8 +354,7 @@ class Step3TextMoE(nn.Module):
         self.experts = LinearExperts(config, Step3TextMLP) if is_linear else Step3TextExperts(config)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        config, implementation = self.config, self.config._experts_implementation
+        config, implementation, dtype = self.config, self.config._experts_implementation, hidden_states.dtype
         if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(config, dtype):
             raise ValueError(
                 f"`{implementation}` needs rows of a multiple of 16 bytes and no float64, got {dtype} with "
@@ -1121,7 +1121,7 @@ class Step3LanguageModelHead(Step3GenerationInputs):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
             hidden_states = self.keep(hidden_states, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        logits = apply_linear(self.lm_head, hidden_states)
 
         loss = None
         if labels is not None:

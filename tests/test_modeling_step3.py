@@ -9,6 +9,7 @@ import torch
 from conftest import IMAGE_TOKEN, assert_close, cache_of, row_alone, small_batch, small_config, small_model
 from reference import step3_logits
 from safetensors.torch import load_file
+from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
@@ -19,6 +20,7 @@ from step3_vl import (
     Step3VLForConditionalGeneration,
     Step3VLModel,
 )
+from step3_vl.checkpoint_step3 import sum_products
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -260,6 +262,32 @@ def test_a_few_compiled_tokens_read_their_experts_where_they_are(rows, dtype):
     sizes = [math.prod(map(int, filter(None, buffer.replace(" ", "").split(",")))) for buffer in buffers]
     assert sizes and max(sizes) < 512 * 64, buffers  # less than the smaller weight of one expert
     assert "grouped_mm" not in "".join(codes)
+    products = "".join(codes).count("extern_kernels.mm(")
+    assert products == len(config.text_config.moe_layers) if rows == 1 else products > 10  # the routers', and all
+
+
+@pytest.mark.parametrize("inputs", [64, 3 * 2048, 2 * 4099])
+@pytest.mark.parametrize("outputs", [3, 130, 1024])
+def test_sums_of_products_are_products(outputs, inputs):
+    weight, states = torch.randn(5, outputs, inputs), torch.randn(4, inputs)
+    experts = torch.tensor([0, 2, 2, 4])
+    expected = torch.stack([weight[expert] @ row for expert, row in zip(experts, states, strict=True)])
+    torch.testing.assert_close(sum_products(weight, states, experts), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(sum_products(weight[1], states[:1]), states[:1] @ weight[1].T, atol=1e-3, rtol=0)
+
+
+def test_a_compiled_token_passes_a_layer_that_was_replaced_or_has_hooks():
+    model = small_model(small_config())
+    ids = torch.tensor([[11]])
+    plain = model(ids).logits
+    layer = model.model.language_model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
+    with torch.no_grad():
+        expected = model(ids).logits
+        compiled = torch.compile(model)(ids).logits
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    assert_close(compiled, expected)
 
 
 def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
