@@ -468,7 +468,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             if limit is None or limit < 0:
                 continue
             if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
-                check_values(total <= limit, f"There is no room for another token: {owner} {limit} are taken")
+                # Without the limit, which in a message would compile anew for each length.
+                check_values(total <= limit, f"There is no room for another token: {owner} places are all taken")
             elif total > limit:
                 raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 from conftest import IMAGE_TOKEN, row_alone, small_batch, small_config, small_model
 from PIL import Image
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, GenerationMixin, pipeline
+from transformers import (
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    pipeline,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import step3_vl.modeling_step3
@@ -282,3 +289,20 @@ def test_pictures_that_were_forgotten_in_a_later_turn_are_warned_of(model, batch
         again = copy.deepcopy(cache)
         model.generate(given, attention_mask=torch.ones_like(ids), **GREEDY, cache=again)
         assert any("no pictures are given" in text for text in warned)
+
+
+def test_one_compiled_step_serves_all_lengths(model):
+    torch._dynamo.reset()
+    compile_config = CompileConfig(mode="default", fullgraph=True)
+    compile_config._compile_all_devices = True
+
+    def check(length):
+        ids = torch.full((1, length), 7) + torch.arange(length) % 3
+        answer = model.generate(ids, **GREEDY, cache_implementation="static", compile_config=compile_config)
+        assert answer.tolist() == model.generate(ids, **GREEDY).tolist()
+
+    check(9)
+    check(20)  # the second length is the last one that is compiled for
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (12, 30, 45):
+            check(length)
