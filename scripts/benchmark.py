@@ -1,6 +1,6 @@
-"""Measures this package beside the original code's algorithm and beside what the machine can do, in one run.
+"""Measures this package beside the original code's algorithm, vLLM and what the machine can do, in one run.
 
-python scripts/benchmark.py decode --dtype float32 bfloat16 --compile --plot decode.png
+python scripts/benchmark.py decode --dtype bfloat16 --batch 1 8 32 --compile --vllm DIRECTORY --plot decode.png
 python scripts/benchmark.py all --json results.json
 """
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,15 @@ import transformers
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteria,
+)
+from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -33,16 +42,19 @@ from transformers.utils import logging
 
 from step3_vl import (
     Step3TextConfig,
-    Step3TextForCausalLM,
     Step3VisionEncoderConfig,
     Step3VLConfig,
     Step3VLImageProcessor,
     Step3VLModel,
 )
+from step3_vl.checkpoint_step3 import CACHE_NAME
 
 
 SCRIPTS = Path(__file__).parent
 FUSIONS = ("step3_qkv", "step3_gate_up")
+TABLE_MARK = "<!-- made by scripts/benchmark.py -->"
+STEPS = 17  # tokens of an answer whose decoding is timed
+CHECKED = 48  # tokens of the prompts after which vLLM's answers are checked
 TEXT_SIZES = {
     "tiny": {
         "hidden_size": 128,
@@ -56,19 +68,19 @@ TEXT_SIZES = {
         "share_expert_dim": 64,
         "vocab_size": 512,
     },
-    "small": {  # 145 M weights active of 560 M
-        "hidden_size": 2048,
-        "intermediate_size": 4096,
+    "medium": {  # 2.1 G weights, of which a token reads 0.36 G: with vLLM beside it, 10 GB in bfloat16
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
         "num_hidden_layers": 4,
-        "num_attention_heads": 16,
+        "num_attention_heads": 32,
         "head_dim": 128,
-        "share_q_dim": 512,
+        "share_q_dim": 1024,
         "moe_num_experts": 48,
         "moe_intermediate_size": 1024,
         "share_expert_dim": 1024,
         "vocab_size": 8192,
     },
-    "real-layer": {},  # the released dimensions: a layer of experts is 10.6 GB in bfloat16
+    "real-layer": {},  # the released dimensions: a layer of experts is 10.6 GB in bfloat16, all else 5.4 GB
 }
 VISION_SIZES = {
     "tiny": {
@@ -79,14 +91,7 @@ VISION_SIZES = {
         "output_hidden_size": 32,
         "image_size": 112,
     },
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "output_hidden_size": 256,
-        "image_size": 364,
-    },
+    "medium": {"num_hidden_layers": 2},
     "real-layer": {"num_hidden_layers": 2},
 }
 
@@ -146,9 +151,9 @@ class Machine:
     def seconds(self, call: Callable) -> float:
         self.wait()
         start = time.perf_counter()
-        call()
+        measured = call()
         self.wait()
-        return time.perf_counter() - start
+        return measured if isinstance(measured, float) else time.perf_counter() - start
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -194,13 +199,13 @@ class Case:
 
     Args:
         name: What it is, in the columns of the table; `what` is one of them, and of equal others `original`.
-        call: Does it once.
+        call: Does it once. What measures itself returns seconds.
         work: How many bytes it reads or operations it takes at least.
         held: Bytes that it holds between calls.
     """
 
     name: dict[str, str | int]
-    call: Callable[[], object]
+    call: Callable[[], float | object]
     work: float
     held: int = 0
 
@@ -222,22 +227,42 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
     for case, own, limit in zip(cases, seconds, limits, strict=True):
         original = seconds[[other.name for other in cases].index({**case.name, "what": "original"})]
         row = {**case.name, "seconds": statistics.median(own), "low": min(own), "high": max(own)}
+        row["limit_seconds"] = statistics.median(limit)
         for ratio, others in (("of_limit", limit), ("against_original", original)):
             row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
         rows.append({**row, "bytes": case.held + machine.peak_bytes(case.call)})
     return rows
 
 
-def make_text_model(size: str, dtype: torch.dtype, machine: Machine, layers: int) -> PreTrainedModel:
-    """A random model, made where it is to run; a seed makes them alike."""
-    depth = {"num_hidden_layers": 1 + layers} if size == "real-layer" else {}
-    config = Step3TextConfig(**TEXT_SIZES[size], **depth, moe_layers_enum=None)
+def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: argparse.Namespace) -> PreTrainedModel:
+    """A random model, made where it is to run; a seed makes them alike. Of the released dimensions only what chooses
+    experts is random, the other weights are zeros: as slow to read, and there at once."""
+    sizes = dict(TEXT_SIZES[size])
+    if size == "real-layer":
+        sizes["num_hidden_layers"] = 1 + options.layers
+    if options.experts:
+        sizes["moe_num_experts"] = options.experts
+    mixtures = ",".join(str(layer) for layer in range(1, sizes["num_hidden_layers"]))
+    config = Step3TextConfig(**sizes, moe_layers_enum=mixtures)
     torch.manual_seed(0)
-    with machine.device:
-        model = Step3TextForCausalLM.from_pretrained(
-            None, config=config, state_dict={}, dtype=dtype, device_map=machine.device
-        )
-    return model.eval()
+    if size != "real-layer":
+        with machine.device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with machine.device, no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("embed_tokens.weight", "moe.gate.weight")):
+            parameter.normal_()
+        else:
+            parameter.fill_(parameter.ndim == 1)
+    return model
+
+
+def with_fusions(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, fused, on the very same weights but for those that are."""
+    fused = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    fused.fuse(*FUSIONS)
+    return fused
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
@@ -263,35 +288,118 @@ def fill(cache, model: PreTrainedModel, batch: int, context: int):
     return cache
 
 
-def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """One token after `context` others."""
-    plain, fused = (make_text_model(size, dtype, machine, options.layers) for _ in range(2))
-    fused.fuse(*FUSIONS)
-    config = plain.config
-    torch._dynamo.config.recompile_limit = 1000  # each context has kernels of its own
-    mode = "max-autotune-no-cudagraphs" if machine.device.type == "cuda" else None
+class Clock(StoppingCriteria):
+    """Notes when each token is there."""
 
-    def eager(model, cache, ids):
-        model(input_ids=ids, cache=cache)
-        cache.crop(-1)
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.times = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.machine.wait()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class VLLM:
+    """vLLM with a model, in its own environment and process."""
+
+    def __init__(self, home: Path, model: PreTrainedModel, length: int, directory: Path | None):
+        self.folder = tempfile.TemporaryDirectory(dir=directory)
+        model.save_pretrained(self.folder.name)
+        self.log = tempfile.TemporaryFile("w+")
+        dtype = str(model.dtype).removeprefix("torch.")
+        command = [home / "venv" / "bin" / "python", SCRIPTS / "vllm_worker.py", self.folder.name, dtype, length]
+        self.process = subprocess.Popen(
+            ["bash", "-c", 'source "$1"; shift; exec "$@"', "-", home / "env.sh", *map(str, command)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+        self.read()
+
+    def read(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            sys.exit(f"vLLM ended:\n{self.log.read()[-3000:]}")
+        return line
+
+    def answer(self, ids: torch.Tensor) -> dict:
+        """`seconds` of a decoding step after the prompts (rows, tokens), and the `answers`."""
+        print(json.dumps({"prompts": ids.tolist(), "tokens": STEPS}), file=self.process.stdin, flush=True)
+        return json.loads(self.read())
+
+    def check_answers(self, model: PreTrainedModel) -> None:
+        """Prints how far its answers are from the package's: the rounding of its type, or the times mean nothing."""
+        ids = torch.randint(10, model.config.vocab_size, (4, CHECKED), device=model.device)
+        answers = torch.tensor(self.answer(ids)["answers"], device=model.device)
+        logits = model(torch.cat([ids, answers], 1)[:, :-1], logits_to_keep=STEPS).logits.float()
+        chosen = logits.gather(-1, answers[..., None])[..., 0]
+        below = ((logits.amax(-1) - chosen) / logits.std(-1).clamp(min=1e-6)).max().item()
+        equal = (logits.argmax(-1) == answers).float().mean().item()
+        print(f"vLLM's tokens: {equal:.0%} are the package's, the others up to {below:.3f} deviations below it")
+        if below > 0.5:
+            sys.exit("vLLM's answers are not the package's.")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
+    """A token after others in `generate`: for each number of rows with the first context, for each context with the
+    first number of rows."""
+    plain = make_text_model(size, dtype, machine, options)
+    config = plain.config
+    models = {"original": as_original(plain), "package": plain}
+    if options.fuse:
+        models["package, fused"] = with_fusions(plain)
+    compile_config = CompileConfig(mode="default" if machine.device.type == "cpu" else "reduce-overhead")
+    compile_config._compile_all_devices = True
+    counts = [(options.context[0], batch) for batch in options.batch]
+    counts += [(context, options.batch[0]) for context in options.context[1:]]
+    vllm = None
+    if options.vllm:
+        vllm = VLLM(options.vllm, plain, max(*options.context, CHECKED) + STEPS + 1, options.directory)
+        vllm.check_answers(plain)
+
+    def step(model, ids, make_cache, **kwargs):
+        clock = Clock(machine)
+        cache = fill(make_cache(), model, len(ids), ids.shape[1] - 1)
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=STEPS,
+            min_new_tokens=STEPS,
+            do_sample=False,
+            stopping_criteria=[clock],
+            **{CACHE_NAME: cache},
+            **kwargs,
+        )
+        return statistics.median(after - before for before, after in pairwise(clock.times))
 
     cases = []
-    for context in options.context:
-        for batch in options.batch:
-            ids = torch.randint(10, config.vocab_size, (batch, 1), device=machine.device)
-            cached = 2 * batch * context * config.num_hidden_layers * config.head_dim * dtype.itemsize
-            work = active_weights(plain, batch)[0] * dtype.itemsize + cached
-            for what, model in (("original", as_original(plain)), ("package", plain), ("package, fused", fused)):
-                cache = fill(DynamicCache(config=config), model, batch, context)
-                name = {"context": context, "batch": batch, "what": what}
-                cases.append(Case(name, partial(eager, model, cache, ids), work, cached))
-                if options.compile and what != "original":
-                    room = context + options.repeats + 16
-                    cache = fill(StaticCache(config=config, max_cache_len=room), model, batch, context)
-                    forward = torch.compile(model.forward, fullgraph=True, dynamic=False, mode=mode)
-                    call = partial(forward, input_ids=ids, cache=cache)
-                    cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
+    for context, batch in counts:
+        ids = torch.randint(10, config.vocab_size, (batch, context + 1), device=machine.device)
+        cached = 2 * batch * context * config.num_hidden_layers * config.head_dim * dtype.itemsize
+        work = active_weights(plain, batch)[0] * dtype.itemsize + cached
+        name = {"context": context, "batch": batch}
+        for what, model in models.items():
+            make_cache = partial(DynamicCache, config=config)
+            call = partial(step, model, ids, make_cache, disable_compile=True)
+            cases.append(Case({**name, "what": what}, call, work, cached))
+            if options.compile and what != "original":
+                make_cache = partial(StaticCache, config=config, max_cache_len=context + STEPS + 1)
+                call = partial(step, model, ids, make_cache, compile_config=compile_config)
+                cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
+        if vllm:
+            cases.append(Case({**name, "what": "vLLM"}, lambda ids=ids: vllm.answer(ids)["seconds"], work))
     rows = measure(machine, cases, machine.seconds_per_byte, options.repeats)
+    if vllm:
+        vllm.close()
     return [{**row, "tokens_per_second": row["batch"] / row["seconds"]} for row in rows]
 
 
@@ -302,9 +410,10 @@ def attention_flops(config: Step3TextConfig, context: int) -> float:
 
 def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
-    plain, fused = (make_text_model(size, dtype, machine, options.layers) for _ in range(2))
-    fused.fuse(*FUSIONS)
-    models = {"original": as_original(plain), "package": plain, "package, fused": fused}
+    plain = make_text_model(size, dtype, machine, options)
+    models = {"original": as_original(plain), "package": plain}
+    if options.fuse:
+        models["package, fused"] = with_fusions(plain)
     head = plain.lm_head.weight.numel()
     multiplied = active_weights(plain, 1)[1] - head
     cases = []
@@ -323,7 +432,7 @@ def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, 
 
 
 def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """Eight pictures of six patches, encoded together and one square at a time."""
+    """Pictures of six patches, encoded together and one square at a time."""
     vision_config = Step3VisionEncoderConfig(**VISION_SIZES[size])
     config = Step3VLConfig(
         text_config={**TEXT_SIZES["tiny"], "vocab_size": 1024, "num_hidden_layers": 1, "moe_layers_enum": "0"},
@@ -335,28 +444,30 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
         model = Step3VLModel.from_pretrained(
             None, config=config, state_dict={}, dtype=dtype, device_map=machine.device
         ).eval()
-    views = torch.randn(8, 3, vision_config.image_size, vision_config.image_size, device=machine.device, dtype=dtype)
-    patch_side = vision_config.image_size * 9 // 13 // 28 * 28  # 504 for 728
-    patches = torch.randn(48, 3, patch_side, patch_side, device=machine.device, dtype=dtype)
-    counts = torch.tensor([6] * 8, device=machine.device)
+    count = options.pictures
+    view_side = vision_config.image_size
+    patch_side = view_side * 9 // 13 // 28 * 28  # 504 for 728
+    views = torch.randn(count, 3, view_side, view_side, device=machine.device, dtype=dtype)
+    patches = torch.randn(6 * count, 3, patch_side, patch_side, device=machine.device, dtype=dtype)
+    counts = torch.tensor([6] * count, device=machine.device)
 
     def one_at_a_time():
         for squares in (views, patches):
             for square in squares:
                 model.project(model.vision_model(square[None]).last_hidden_state)
 
-    squares = {vision_config.image_size: 8, patch_side: 48}
+    squares = {view_side: count, patch_side: 6 * count}
     flops = 0
-    for side, count in squares.items():
+    for side, number in squares.items():
         rows = (side // vision_config.patch_size) ** 2 + 4
         weights = vision_config.hidden_size * (4 * vision_config.hidden_size + 2 * vision_config.intermediate_size)
-        flops += count * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
+        flops += number * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
     cases = [
         Case({"what": "original"}, one_at_a_time, flops),
         Case({"what": "package"}, partial(model.encode_pictures, views, patches, counts), flops),
     ]
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
-    return [{**row, "pictures_per_second": 8 / row["seconds"]} for row in rows]
+    return [{**row, "pictures_per_second": count / row["seconds"]} for row in rows]
 
 
 def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -407,7 +518,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
 
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """One step forward and backward over `context` tokens."""
-    plain = make_text_model(size, dtype, machine, options.layers).train()
+    plain = make_text_model(size, dtype, machine, options).train()
     multiplied = active_weights(plain, 1)[1]
 
     @torch.enable_grad()
@@ -592,34 +703,63 @@ def print_table(name: str, rows: list[dict]) -> None:
         print("  ".join(cells[column].rjust(widths[column]) for column in columns))
 
 
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def decode_table(rows: list[dict], machine: Machine) -> str:
+    """Tokens a second of all rows together, in Markdown."""
+    first = rows[0]
+    rows = [row for row in rows if all(row[name] == first[name] for name in ("size", "dtype", "context"))]
+    counts = list(dict.fromkeys(row["batch"] for row in rows))
+    cells = {(row["what"], row["batch"]): f"{row['tokens_per_second']:.1f}" for row in rows}
+    limits = {row["batch"]: row["batch"] / row["limit_seconds"] for row in rows}
+    cells |= {("reading memory alone", batch): f"{limit:.1f}" for batch, limit in limits.items()}
+    title = f"{machine.name}, {first['dtype']}, {first['size']}, {first['context']} tokens before"
+    lines = [[title, *(f"{count} row{'s' * (count > 1)}" for count in counts)], ["---"] * (1 + len(counts))]
+    lines += [[what, *(cells[what, count] for count in counts)] for what in dict.fromkeys(what for what, _ in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update_table(path: Path, rows: list[dict], machine: Machine) -> None:
+    """Puts the table in the place of the one that follows the mark in a Markdown file."""
+    before, mark, after = path.read_text().partition(TABLE_MARK)
+    rest = after.lstrip("\n").splitlines(keepends=True)
+    while rest and rest[0].startswith("|"):
+        rest.pop(0)
+    table = decode_table(rows, machine)
+    replace_file(path, lambda partial: partial.write_text(f"{before}{mark}\n{table}\n{''.join(rest)}"))
+
+
 def plot(path: Path, rows: list[dict], machine: Machine) -> None:
-    """Tokens a second of decoding, and memory beyond the weights, against the context."""
+    """Tokens a second of decoding, against the number of rows and against the context."""
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError:
         sys.exit("`--plot` needs matplotlib: pip install matplotlib")
-    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    lines = {}
-    for row in rows:
-        lines.setdefault((row["size"], row["dtype"], row["batch"], row["what"]), []).append(row)
-    colors = {what: f"C{index}" for index, what in enumerate(dict.fromkeys(key[3] for key in lines))}
-    styles = dict(zip(dict.fromkeys(key[:3] for key in lines), ["-", "--", ":", "-."] * len(lines), strict=False))
-    for (*case, what), points in lines.items():
-        label = ", ".join([what, *(str(part) for index, part in enumerate(case) if len({k[index] for k in lines}) > 1)])
-        contexts = [point["context"] for point in points]
-        style = {"color": colors[what], "linestyle": styles[tuple(case)], "marker": ".", "label": label}
-        speed.plot(contexts, [point["tokens_per_second"] for point in points], **style)
-        memory.plot(contexts, [point["bytes"] / 1e6 for point in points], **style)
-    for axes, name in ((speed, "tokens a second"), (memory, "MB beyond the weights, cache included")):
-        axes.set(xlabel="tokens of context", ylabel=name, xscale="log", ylim=(0, None))
-        axes.set_xticks(contexts, contexts)
+    first = rows[0]
+    rows = [row for row in rows if row["size"] == first["size"] and row["dtype"] == first["dtype"]]
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axes, (across, fixed) in zip(panels, (("batch", "context"), ("context", "batch")), strict=True):
+        shown = [row for row in rows if row[fixed] == first[fixed]]
+        ticks = list(dict.fromkeys(row[across] for row in shown))
+        for what in names:
+            points = [(row[across], row["tokens_per_second"]) for row in shown if row["what"] == what]
+            axes.plot(*zip(*points, strict=True), marker=".", label=what)
+        limits = {row[across]: row["batch"] / row["limit_seconds"] for row in shown}
+        axes.plot(limits.keys(), limits.values(), color="gray", linestyle="--", label="reading memory alone")
+        label = {"batch": "rows", "context": "tokens before"}
+        axes.set(xlabel=f"{label[across]} ({first[fixed]} {label[fixed]})", xscale="log", yscale="log")
+        axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    memory.legend(fontsize=8)
-    figure.suptitle(f"Decoding a token at a time: {machine.name}", fontsize=10)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=110, format="png")
-    partial.replace(path)
+    panels[0].set(ylabel="tokens a second")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"Decoding: {machine.name}, {first['dtype']}, {first['size']}", fontsize=10)
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
 
 
 def positive(text: str) -> int:
@@ -632,12 +772,16 @@ def positive(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
-    parser.add_argument("--sizes", nargs="+", choices=TEXT_SIZES, default=["small"], help="(default: small)")
-    parser.add_argument("--layers", type=positive, default=2, help="mixture layers of real-layer (default: 2)")
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--sizes", nargs="+", choices=TEXT_SIZES, default=["medium"], help="(default: medium)")
+    parser.add_argument("--layers", type=positive, default=1, help="mixture layers of real-layer (default: 1)")
+    parser.add_argument("--experts", type=positive, help="experts of a mixture (default: the size's)")
+    parser.add_argument("--pictures", type=positive, default=8, help="to encode (default: 8)")
+    parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
     parser.add_argument(
-        "--context", nargs="+", type=positive, help="tokens (default: 512; 1 K to 32 K for a plot of decode)"
+        "--vllm", type=Path, metavar="DIRECTORY", help="vLLM's environment, as scripts/engines.sh makes"
     )
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--context", nargs="+", type=positive, default=[512], help="tokens (default: 512)")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="rows (default: 1)")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled decoding step")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
@@ -645,18 +789,22 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4, help="of weights to load (default: 4)")
     parser.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
     parser.add_argument("--json", type=Path, help="file for all that was measured")
-    parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed and memory; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed; needs matplotlib")
+    parser.add_argument("--table", type=Path, help=f"Markdown file whose table after {TABLE_MARK} is made anew")
     options = parser.parse_args()
     names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    if options.plot and "decode" not in names:
-        parser.error("--plot is of decode")
+    for option in ("plot", "table", "vllm"):
+        if getattr(options, option) and "decode" not in names:
+            parser.error(f"--{option} is of decode")
+    if options.vllm and not (options.vllm / "env.sh").is_file():
+        parser.error(f"{options.vllm} has no env.sh: make it with scripts/engines.sh")
+    if options.table and TABLE_MARK not in (options.table.read_text() if options.table.is_file() else ""):
+        parser.error(f"{options.table} is no file with {TABLE_MARK} in it")
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"there is no folder {path.absolute().parent}")
-    if options.context is None:
-        options.context = [1024, 2048, 4096, 8192, 16384, 32768] if options.plot else [512]
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -675,9 +823,10 @@ def main() -> None:
         print_table(name, results[name])
     if options.json:
         measured = {"machine": machine.name, "torch": torch.__version__, "transformers": transformers.__version__}
-        partial = options.json.with_name(f".{options.json.name}.partial")
-        partial.write_text(json.dumps({**measured, "command": sys.argv[1:], "results": results}, indent=2) + "\n")
-        os.replace(partial, options.json)
+        text = json.dumps({**measured, "command": sys.argv[1:], "results": results}, indent=2) + "\n"
+        replace_file(options.json, lambda partial: partial.write_text(text))
+    if options.table:
+        update_table(options.table, results["decode"], machine)
     if options.plot:
         plot(options.plot, results["decode"], machine)
 
