@@ -851,15 +851,13 @@ class Step3VLModel(Step3VLPreTrainedModel):
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
         parts = pixel_values.split(max(max_bytes // num_bytes, 1))
         outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
-        features = [self.project(output.last_hidden_state) for output in outputs]
-        if len(parts) == 1:
-            return features[0], outputs[0]
-        merged = {
-            name: torch.cat(values) if name == "last_hidden_state" else tuple(map(torch.cat, zip(*values, strict=True)))
-            for name in outputs[0]
-            for values in [[output[name] for output in outputs]]
-        }
-        return torch.cat(features), BaseModelOutput(**merged)
+        output = outputs[0]
+        if len(outputs) > 1:
+            merged = {name: [output[name] for output in outputs] for name in output}
+            last = {"last_hidden_state": torch.cat(merged.pop("last_hidden_state"))}
+            rest = {name: tuple(map(torch.cat, zip(*values, strict=True))) for name, values in merged.items()}
+            output = BaseModelOutput(**last, **rest)
+        return self.project(output.last_hidden_state), output
 
     def encode_pictures(
         self,

@@ -52,7 +52,7 @@ from step3_vl.checkpoint_step3 import CACHE_NAME
 
 SCRIPTS = Path(__file__).parent
 FUSIONS = ("step3_qkv", "step3_gate_up")
-TABLE_MARK = "<!-- made by scripts/benchmark.py -->"
+TABLE_MARK = "`benchmark.py --table`"
 STEPS = 17  # tokens of an answer whose decoding is timed
 CHECKED = 48  # tokens of the prompts after which vLLM's answers are checked
 TEXT_SIZES = {
@@ -724,13 +724,14 @@ def decode_table(rows: list[dict], machine: Machine) -> str:
 
 
 def update_table(path: Path, rows: list[dict], machine: Machine) -> None:
-    """Puts the table in the place of the one that follows the mark in a Markdown file."""
-    before, mark, after = path.read_text().partition(TABLE_MARK)
-    rest = after.lstrip("\n").splitlines(keepends=True)
-    while rest and rest[0].startswith("|"):
+    """Puts the table in the place of the one below the line with the mark in a Markdown file."""
+    lines = path.read_text().splitlines()
+    start = next(index for index, line in enumerate(lines) if TABLE_MARK in line) + 1
+    rest = lines[start:]
+    while rest and (not rest[0] or rest[0].startswith("|")):
         rest.pop(0)
-    table = decode_table(rows, machine)
-    replace_file(path, lambda partial: partial.write_text(f"{before}{mark}\n{table}\n{''.join(rest)}"))
+    text = "\n".join([*lines[:start], "", decode_table(rows, machine), "", *rest])
+    replace_file(path, lambda partial: partial.write_text(f"{text.rstrip()}\n"))
 
 
 def plot(path: Path, rows: list[dict], machine: Machine) -> None:
@@ -752,7 +753,9 @@ def plot(path: Path, rows: list[dict], machine: Machine) -> None:
         limits = {row[across]: row["batch"] / row["limit_seconds"] for row in shown}
         axes.plot(limits.keys(), limits.values(), color="gray", linestyle="--", label="reading memory alone")
         label = {"batch": "rows", "context": "tokens before"}
-        axes.set(xlabel=f"{label[across]} ({first[fixed]} {label[fixed]})", xscale="log", yscale="log")
+        axes.set(xlabel=f"{label[across]} ({label[fixed]}: {first[fixed]})", xscale="log")
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
@@ -790,7 +793,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
     parser.add_argument("--json", type=Path, help="file for all that was measured")
     parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed; needs matplotlib")
-    parser.add_argument("--table", type=Path, help=f"Markdown file whose table after {TABLE_MARK} is made anew")
+    parser.add_argument("--table", type=Path, help="Markdown file whose table is made anew")
     options = parser.parse_args()
     names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
     if options.device == "cuda" and not torch.cuda.is_available():

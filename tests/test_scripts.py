@@ -3,12 +3,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, assert_close, run
 from PIL import Image
 from safetensors.torch import load_file
+from test_serve import HOME, needs_vllm
 
 
 @pytest.fixture
@@ -77,8 +79,11 @@ def test_the_readme_names_the_two_commands():
 
 
 def test_benchmark(tmp_path):
-    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--gigabytes", 0.05)
-    result = run("benchmark.py", "all", *options, "--json", tmp_path / "results.json", HF_HUB_OFFLINE="1")
+    page = tmp_path / "page.md"
+    page.write_text("Before.\n\nMade by `benchmark.py --table`:\n\n| old |\n| --- |\n| 1 |\n\nAfter.\n")
+    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--gigabytes", 0.05, "--fuse")
+    options += ("--json", tmp_path / "results.json", "--table", page)
+    result = run("benchmark.py", "all", *options, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert list(results) == ["decode", "prefill", "vision", "preprocess", "load", "train"]
@@ -87,6 +92,21 @@ def test_benchmark(tmp_path):
         if name != "load":
             assert {"original", "package"} <= {row["what"] for row in rows}
             assert all(row["of_limit"] > 0 and row["against_original"] > 0 for row in rows)
+    lines = page.read_text().splitlines()
+    assert lines[:4] == ["Before.", "", "Made by `benchmark.py --table`:", ""] and lines[-2:] == ["", "After."]
+    package = next(row for row in results["decode"] if row["what"] == "package")
+    assert f"| package | {package['tokens_per_second']:.1f} |" in lines and "| old |" not in lines
+
+
+@needs_vllm
+@pytest.mark.engines
+def test_benchmark_beside_vllm(tmp_path):
+    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--vllm", HOME)
+    result = run("benchmark.py", "decode", *options, "--json", tmp_path / "results.json")
+    assert result.returncode == 0, result.stderr
+    assert "vLLM's tokens: 100% are the package's" in result.stdout
+    rows = json.loads((tmp_path / "results.json").read_text())["results"]["decode"]
+    assert [row["what"] for row in rows] == ["original", "package", "vLLM"]
 
 
 def test_benchmark_names_what_is_wrong(tmp_path):
@@ -94,6 +114,8 @@ def test_benchmark_names_what_is_wrong(tmp_path):
         (("decode", "--batch", 0), "must be 1 at least, got 0"),
         (("decode", "--device", "cuda"), "there is no CUDA device here"),
         (("prefill", "--plot", tmp_path / "plot.png"), "--plot is of decode"),
+        (("decode", "--vllm", tmp_path), "has no env.sh"),
+        (("decode", "--table", tmp_path / "page.md"), "is no file with `benchmark.py --table` in it"),
         (("decode", "--json", tmp_path / "none" / "results.json"), f"there is no folder {tmp_path / 'none'}"),
     ]:
         result = run("benchmark.py", *arguments, CUDA_VISIBLE_DEVICES="")
@@ -105,7 +127,8 @@ def test_the_benchmarks_original_gives_the_same_answers():
     import benchmark
 
     machine = benchmark.Machine(torch.device("cpu"))
-    model = benchmark.make_text_model("tiny", torch.float32, machine, layers=2)
+    options = SimpleNamespace(experts=None)
+    model = benchmark.make_text_model("tiny", torch.float32, machine, options)
     original = benchmark.as_original(model)
     ids = torch.arange(10, 40).view(2, 15)
     mask = torch.ones_like(ids)
