@@ -461,15 +461,15 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             cached = cache.get_seq_length()
             room = cache.get_max_length()
         total = cached + num_new
-        for limit, owner in (
-            (room, "the cache's"),
-            (self.longest_sequence, "`max_position_embedding`, scaling counted in,"),
+        for limit, owner, reason in (
+            (room, "the cache's", "the cache is full"),
+            (self.longest_sequence, "`max_position_embedding`, scaling counted in,", "all positions are taken"),
         ):
             if limit is None or limit < 0:
                 continue
             if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
                 # Without the limit, which in a message would compile anew for each length.
-                check_values(total <= limit, f"There is no room for another token: {owner} places are all taken")
+                check_values(total <= limit, f"There is no room for another token: {reason}")
             elif total > limit:
                 raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
 

@@ -151,7 +151,7 @@ def test_defect_13_a_cache_is_never_overrun(model):
         run(model, IDS[:, :2], cache=past)
     assert_close(run(model, IDS[:, :1], cache=past).logits, expected[:, -1:])
     kept = past.layers[0].keys.clone()
-    with pytest.raises(RuntimeError, match="no room for another token: the cache's places are all taken"):
+    with pytest.raises(RuntimeError, match="no room for another token: the cache is full"):
         run(model, IDS[:, :1], cache=past)
     assert torch.equal(past.layers[0].keys, kept) and int(past.get_seq_length()) == 6
 
