@@ -285,7 +285,7 @@ def test_a_compiled_token_passes_a_layer_that_was_replaced_or_has_hooks():
     layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
     with torch.no_grad():
         expected = model(ids).logits
-        compiled = torch.compile(model)(ids).logits
+        compiled = torch.compile(model, backend="eager")(ids).logits
     assert not torch.allclose(expected, plain, atol=1e-2)
     assert_close(compiled, expected)
 
