@@ -127,9 +127,13 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("original", ALL_MASK_ATTENTION_FUNCTIONS["
 ALL_EXPERTS_FUNCTIONS.register("original", original_experts)
 
 
+def on_same_weights(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def as_original(model: PreTrainedModel) -> PreTrainedModel:
     """The model with the original algorithm, on the very same weights."""
-    original = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    original = on_same_weights(model)
     original.set_attn_implementation("original")
     original.set_experts_implementation("original")
     return original
@@ -201,13 +205,13 @@ class Case:
         name: What it is, in the columns of the table; `what` is one of them, and of equal others `original`.
         call: Does it once. What measures itself returns seconds.
         work: How many bytes it reads or operations it takes at least.
-        held: Bytes that it holds between calls.
+        held: Bytes that it holds between calls, or `None` where another process holds them.
     """
 
     name: dict[str, str | int]
     call: Callable[[], float | object]
     work: float
-    held: int = 0
+    held: int | None = 0
 
 
 def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], float], repeats: int) -> list[dict]:
@@ -230,7 +234,9 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
         row["limit_seconds"] = statistics.median(limit)
         for ratio, others in (("of_limit", limit), ("against_original", original)):
             row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
-        rows.append({**row, "bytes": case.held + machine.peak_bytes(case.call)})
+        if case.held is not None:
+            row["bytes"] = case.held + machine.peak_bytes(case.call)
+        rows.append(row)
     return rows
 
 
@@ -258,11 +264,13 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
     return model
 
 
-def with_fusions(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, fused, on the very same weights but for those that are."""
-    fused = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    fused.fuse(*FUSIONS)
-    return fused
+def variants(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """What is measured, by its name, all on the same weights but for those that are fused."""
+    models = {"original": as_original(model), "package": model}
+    if options.fuse:
+        models["package, fused"] = on_same_weights(model)
+        models["package, fused"].fuse(*FUSIONS)
+    return models
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
@@ -354,9 +362,7 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
     first number of rows."""
     plain = make_text_model(size, dtype, machine, options)
     config = plain.config
-    models = {"original": as_original(plain), "package": plain}
-    if options.fuse:
-        models["package, fused"] = with_fusions(plain)
+    models = variants(plain, options)
     compile_config = CompileConfig(mode="default" if machine.device.type == "cpu" else "reduce-overhead")
     compile_config._compile_all_devices = True
     counts = [(options.context[0], batch) for batch in options.batch]
@@ -396,7 +402,7 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
                 call = partial(step, model, ids, make_cache, compile_config=compile_config)
                 cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
         if vllm:
-            cases.append(Case({**name, "what": "vLLM"}, lambda ids=ids: vllm.answer(ids)["seconds"], work))
+            cases.append(Case({**name, "what": "vLLM"}, lambda ids=ids: vllm.answer(ids)["seconds"], work, None))
     rows = measure(machine, cases, machine.seconds_per_byte, options.repeats)
     if vllm:
         vllm.close()
@@ -411,9 +417,7 @@ def attention_flops(config: Step3TextConfig, context: int) -> float:
 def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
     plain = make_text_model(size, dtype, machine, options)
-    models = {"original": as_original(plain), "package": plain}
-    if options.fuse:
-        models["package, fused"] = with_fusions(plain)
+    models = variants(plain, options)
     head = plain.lm_head.weight.numel()
     multiplied = active_weights(plain, 1)[1] - head
     cases = []
