@@ -2,17 +2,17 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # top level only with torchvision in 5.16
 
 from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
+from .generation_step3 import Step3BoundedCache
 from .modeling_step3 import (
-    Step3BoundedCache,
     Step3TextForCausalLM,
     Step3TextModel,
     Step3VisionModel,

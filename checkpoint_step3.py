@@ -15,30 +15,8 @@
 modules, rewrites of a loaded model, and products of few rows.
 """
 
-# Names of transformers that its documentation does not promise. Each is looked up where it is needed, so that a release
-# without it costs that feature, which says so, and nothing else.
-#
-# | name                                                       | what for                                    | since  |
-# |------------------------------------------------------------|---------------------------------------------|--------|
-# | PreTrainedModel._load_pretrained_model                     | fp8 and experts one by one, while reading   | ≤ 4.57 |
-# | integrations.finegrained_fp8.FP8Linear, FP8Experts         | fp8 that stays fp8: what is not quantised   | 5.0    |
-# | integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS     | fp8 that stays fp8: the experts' kernel     | 5.4    |
-# | conversion_mapping.get_model_conversion_mapping            | `load_state_dict` with names on disk        | 5.0    |
-# | core_model_loading.rename_source_key                       | `load_state_dict` with names on disk        | 5.0    |
-# | integrations.moe.ALL_EXPERTS_FUNCTIONS                     | the experts implementation "step3"          | 5.0    |
-# | integrations.moe.grouped_mm_experts_forward                | the experts implementation "step3"          | 5.0    |
-# | distributed.tensor_parallel.ALL_PARALLEL_STYLES            | tensor parallelism                          | 5.16   |
-# | distributed.tensor_parallel.TensorParallelLayer            | tensor parallelism                          | 5.16   |
-# | models.mixtral.modeling_mixtral.load_balancing_loss_func   | the load-balancing loss                     | ≤ 4.57 |
-# | models.auto.modeling_auto.MODEL_FOR_*_MAPPING_NAMES        | label smoothing, `transformers serve`       | 5.0    |
-# | ProcessorMixin._get_arguments_from_pretrained              | a directory without an image processor      | ≤ 4.57 |
-
-import functools
-import importlib
-import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -47,173 +25,20 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
-import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers.cache_utils import Cache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
-from transformers.generation import GenerationMixin
+from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
-
-from .configuration_step3 import cache_name
-
-
-logger = logging.get_logger(__name__)
-
-CACHE_NAME = cache_name()
-
-
-def find(module: str, name: str) -> Any | None:
-    """`transformers.MODULE.NAME`, one of the names above, or `None` where there is no such thing."""
-    try:
-        return getattr(importlib.import_module(f"transformers.{module}"), name, None)
-    except ModuleNotFoundError:
-        return None
-
-
-def need(module: str, name: str, feature: str) -> Any:
-    """
-    `transformers.MODULE.NAME`, one of the names above.
-
-    Raises:
-        `ImportError`: if there is no such thing, with what goes without it.
-    """
-    found = find(module, name)
-    if found is None:
-        raise lacking(f"{module}.{name}", feature)
-    return found
-
-
-def lacking(name: str, feature: str) -> ImportError:
-    """What is raised where one of the names above is not there."""
-    return ImportError(
-        f"{feature} needs `transformers.{name}`, which transformers {transformers.__version__} lacks: use a release "
-        "that this model was tested with, or do without it."
-    )
-
-
-def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
-    """
-    The cache that came under its name or its older one, `past_key_values`.
-
-    Raises:
-        `ValueError`: if it came under both.
-        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
-    """
-    if cache is not None and past_key_values is not None:
-        raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
-    for name, value in (others or {}).items():
-        if isinstance(value, Cache):
-            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
-    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
-    return past_key_values if cache is None else cache
-
-
-@functools.cache
-def parameters_of(function: Callable) -> set[str]:
-    """The names of a function's parameters."""
-    return set(inspect.signature(function).parameters)
-
-
-class Step3GenerationInputs:
-    """Mixin of the models that generate: what `generate` passes on comes by the names that the models know, or not at
-    all."""
-
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """
-        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it. No more
-        tokens are generated than there are positions for.
-
-        Raises:
-            `ValueError`: if the prompt leaves no position for a single one.
-        """
-        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        if cache is not None:
-            kwargs[CACHE_NAME] = cache
-        generation_config, kwargs = self.within_positions(inputs, generation_config, kwargs)
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
-
-    def within_positions(self, inputs, generation_config, kwargs: dict) -> tuple:
-        """`generation_config` and `kwargs` for a request that ends, at the latest, with the model's last position."""
-        settings = generation_config or self.generation_config
-        if getattr(settings, "is_assistant", False):  # whose proposals its main model has bounded
-            return generation_config, kwargs
-        models = [model for model in (self, kwargs.get("assistant_model")) if model is not None]
-        limits = [getattr(model.config.get_text_config(), "longest_sequence", None) for model in models]
-        limit = min((limit for limit in limits if limit is not None), default=None)
-        names = ("attention_mask", "inputs_embeds", "input_ids")
-        given = [kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)]
-        given = given or ([inputs] if isinstance(inputs, torch.Tensor) else [])
-        if limit is None or not given or given[0].ndim < 2:
-            return generation_config, kwargs
-        length = given[0].shape[1]
-        wanted = kwargs.get("max_new_tokens", settings.max_new_tokens)
-        if wanted is None:
-            # 20 is what transformers generates if nothing is said.
-            wanted = (kwargs.get("max_length", settings.max_length) or length + 20) - length
-        if length >= limit:
-            raise ValueError(f"The prompt has {length} tokens, which leaves none of the model's {limit} positions.")
-        if wanted <= limit - length:
-            return generation_config, kwargs
-        logger.warning_once(f"At most {limit - length} tokens are generated: there are no positions for {wanted}.")
-        if generation_config is None:
-            return None, {**kwargs, "max_new_tokens": limit - length}
-        generation_config = deepcopy(generation_config)
-        generation_config.max_new_tokens = limit - length
-        return generation_config, {name: value for name, value in kwargs.items() if name != "max_new_tokens"}
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        next_sequence_length: int | None = None,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> dict:
-        """
-        As for any model.
-
-        Raises:
-            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
-        """
-        arguments = {
-            "next_sequence_length": next_sequence_length,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "is_first_iteration": is_first_iteration,
-            CACHE_NAME: one_cache(cache, past_key_values, kwargs),
-        }
-        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
-            raise TypeError(
-                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
-                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
-            )
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
-        strangers = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
-        strangers -= parameters_of(type(self).forward)
-        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
-        if strangers and missing:
-            raise TypeError(
-                f"transformers {transformers.__version__} passes {', '.join(sorted(strangers))} to a model that has no "
-                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
-            )
-        return model_inputs
+from transformers.models.auto import modeling_auto
 
 
 # Trainer and `transformers serve` ask for classes by their names in these, which registering with the Auto classes does
 # not fill.
 for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
-    _names = find("models.auto.modeling_auto", f"MODEL_FOR_{_task}_MAPPING_NAMES")
-    if _names is not None:
-        _names["step3_vl"] = "Step3VLForConditionalGeneration"
-        if _task == "CAUSAL_LM":
-            _names["step3_text"] = "Step3TextForCausalLM"
+    getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES")["step3_vl"] = "Step3VLForConditionalGeneration"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["step3_text"] = "Step3TextForCausalLM"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -431,26 +256,22 @@ def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_con
     Raises:
         `ValueError`: if the blocks of stacked fp8 experts do not divide them.
     """
-    feature = "fp8 that is kept"
-    fp8_linear = need("integrations.finegrained_fp8", "FP8Linear", feature)
-    fp8_experts = need("integrations.finegrained_fp8", "FP8Experts", feature)
-    rename = need("core_model_loading", "rename_source_key", feature)
     renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
     own_names = model.state_dict()
-    scaled = {rename(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
+    scaled = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
     text_config = model.config.get_text_config()
     block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
     plain = None
     for name, module in list(model.named_modules()):
-        if isinstance(module, fp8_experts) and f"{name}.down_proj_scale_inv" in scaled:
+        if isinstance(module, FP8Experts) and f"{name}.down_proj_scale_inv" in scaled:
             if text_config.moe_intermediate_size % block_rows:
                 raise ValueError(
                     "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
                     f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
                     "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
                 )
-        elif isinstance(module, (fp8_linear, fp8_experts)) and f"{name}.weight_scale_inv" not in scaled:
+        elif isinstance(module, (FP8Linear, FP8Experts)) and f"{name}.weight_scale_inv" not in scaled:
             if plain is None:
                 with torch.device("meta"):
                     plain = type(model)(model.config)
@@ -465,8 +286,6 @@ class Step3Checkpoint:
     keys_of_other_parts: tuple[str, ...] = ()
 
     def __init__(self, config, *args, **kwargs):
-        if hasattr(config, "quantization_config") and not hasattr(PreTrainedModel, "_load_pretrained_model"):
-            raise lacking("PreTrainedModel._load_pretrained_model", "Reading quantised weights")
         if config._experts_implementation is None and wants_linear_experts(config):
             config._experts_implementation = "linear"
         super().__init__(config, *args, **kwargs)
@@ -494,15 +313,11 @@ class Step3Checkpoint:
 
         Raises:
             `ValueError`: if `fusion_config` names rewrites that `fuse` makes of a loaded model.
-            `ImportError`: if it is to be split over ranks, and this release of transformers lacks what that takes.
         """
         ours = set(kwargs.get("fusion_config") or ()) & {rewrite.name for rewrite in REWRITES}
         if ours:
             names = ", ".join(repr(name) for name in sorted(ours))
             raise ValueError(f"`fusion_config` is transformers' own; call `fuse({names})` on the loaded model instead.")
-        if kwargs.get("distributed_config") is not None or kwargs.get("tp_plan") is not None:
-            for name in ("ALL_PARALLEL_STYLES", "TensorParallelLayer"):
-                need("distributed.tensor_parallel", name, "Tensor parallelism")
         return super().from_pretrained(*args, **kwargs)
 
     @staticmethod
@@ -557,9 +372,9 @@ class Step3Checkpoint:
                 load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
                 take_back_unquantized(model, weights, load_config)
             if is_dequantized:
-                mapping = need("conversion_mapping", "get_model_conversion_mapping", "Dequantising fp8")
                 renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-                converters = [entry for entry in mapping(model) if isinstance(entry, WeightConverter)]
+                mapping = get_model_conversion_mapping(model)
+                converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
                 load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
                 weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
             if is_changed and not is_linear:
@@ -611,10 +426,7 @@ class Step3Checkpoint:
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        feature = "`load_state_dict` with names on disk"
-        mapping = need("conversion_mapping", "get_model_conversion_mapping", feature)
-        rename = need("core_model_loading", "rename_source_key", feature)
-        transforms = mapping(self, add_legacy=False)
+        transforms = get_model_conversion_mapping(self, add_legacy=False)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
         converters = {
             pattern: transform
@@ -627,7 +439,7 @@ class Step3Checkpoint:
             if name in own_names:
                 renamed[name] = tensor
                 continue
-            new_name, pattern = rename(name, renamings, list(converters.values()))
+            new_name, pattern = rename_source_key(name, renamings, list(converters.values()))
             if pattern is None:
                 renamed[new_name] = tensor
             else:

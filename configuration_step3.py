@@ -23,9 +23,9 @@ from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.distributed import DistributedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import is_torch_available
+from transformers.utils.type_validators import activation_fn_key, interval, probability
 
 
 if is_torch_available():  # configs are also read where there is none
@@ -56,17 +56,7 @@ def gathers_uneven_outputs() -> bool:
     return "validate_param" not in vars(ColwiseParallel)
 
 
-def is_updated_by_attention(cache) -> bool:
-    """5.19: the paged cache of continuous batching is updated as others are; before, its attention functions do it."""
-    return not (cache is None or isinstance(cache, Cache) or "kwargs" in inspect.signature(cache.update).parameters)
-
-
-# 5.19: experts on several ranks are sent their tokens; before, an expert-parallel plan stands in for the
-# tensor-parallel one instead of going beside it.
-DISPATCHES_TOKENS = "ep_size" in inspect.signature(DistributedConfig).parameters
 # 5.20: `sub_configs_defaults`, beside `sub_configs` in Step3VLConfig.
-# 5.17: `_defaults`, in Step3VLProcessorKwargs.
-# 5.17: AutoImageProcessor is imported from its module by the package, as the top level has it only with torchvision.
 
 
 # Layers with routed experts in the released model: all but the first four and the last.
@@ -74,6 +64,8 @@ RELEASED_MOE_LAYERS = tuple(range(4, 60))
 
 # Far beyond any model; products of a few sizes still fit in 64 bits.
 MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
+size = interval(min=1, max=MAX_SIZE)
+nonnegative = interval(min=0, max=float("inf"), exclude_max=True)
 
 # Where a saved directory's own code keeps what each Auto class asks for.
 STEP3_VISION_AUTO_MAP = {
@@ -103,23 +95,6 @@ def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
     """
     grid = (side // patch_size - 2) // stride + 1
     return ((grid - 1) // 2 + 1) ** 2
-
-
-def _check_at_least(config: PreTrainedConfig, minimum: float, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        # `True` is an int to Python, and a NaN compares false with everything.
-        if isinstance(value, bool) or not minimum <= value < float("inf"):
-            raise ValueError(f"`{name}` must be a number of at least {minimum}, got {value!r}.")
-        if isinstance(value, int) and value > MAX_SIZE:
-            raise ValueError(f"`{name}` must be at most {MAX_SIZE}, got {value!r}.")
-
-
-def _check_probability(config: PreTrainedConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f"`{name}` must lie between 0 and 1, got {value!r}.")
 
 
 def check_values(condition: "torch.Tensor", message: str, got: Callable[[], str] | None = None) -> None:
@@ -192,18 +167,18 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     base_config_key = "vision_config"
     carried_auto_map = STEP3_VISION_AUTO_MAP
 
-    hidden_size: int = 1792
-    intermediate_size: int = 15360
-    output_hidden_size: int = 4096
-    num_hidden_layers: int = 63
-    num_attention_heads: int = 16
-    num_channels: int = 3
-    image_size: int = 728
-    patch_size: int = 14
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-    attention_dropout: float | int = 0.0
-    initializer_range: float = 0.02
+    hidden_size: int = size(default=1792)
+    intermediate_size: int = size(default=15360)
+    output_hidden_size: int = size(default=4096)
+    num_hidden_layers: int = interval(min=1, max=MAX_LAYERS)(default=63)
+    num_attention_heads: int = size(default=16)
+    num_channels: int = size(default=3)
+    image_size: int = size(default=728)
+    patch_size: int = size(default=14)
+    hidden_act: str = activation_fn_key(default="quick_gelu")
+    layer_norm_eps: float = nonnegative(default=1e-5)
+    attention_dropout: float | int = probability(default=0.0)
+    initializer_range: float = nonnegative(default=0.02)
 
     def check_pictures(self, pixel_values: "torch.Tensor") -> None:
         """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
@@ -222,11 +197,7 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
             )
 
     def validate_architecture(self):
-        """Checks that every size is positive and that heads and patches divide what they split."""
-        _check_at_least(self, 1, "hidden_size", "intermediate_size", "output_hidden_size", "num_hidden_layers")
-        _check_at_least(self, 1, "num_attention_heads", "num_channels", "image_size", "patch_size")
-        _check_at_least(self, 0, "layer_norm_eps", "initializer_range")
-        _check_probability(self, "attention_dropout")
+        """Checks that heads and patches divide what they split."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for "
@@ -319,44 +290,41 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "layers.*.share_expert.up_proj": "colwise",
         "layers.*.share_expert.down_proj": "rowwise",
     }
-    if DISPATCHES_TOKENS:
-        base_model_ep_plan = {
-            "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
-            "layers.*.moe.experts.down_proj": "grouped_gemm",
-            "layers.*.moe.experts": "ep_dispatch_experts",
-        }
-    else:  # stands in for the tensor-parallel plan instead of going beside it
-        base_model_ep_plan = base_model_tp_plan
+    base_model_ep_plan = {
+        "layers.*.moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.moe.experts.down_proj": "grouped_gemm",
+        "layers.*.moe.experts": "ep_dispatch_experts",
+    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 128815
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    num_hidden_layers: int = 61
-    num_attention_heads: int = 64
-    num_attention_groups: int = 1
-    head_dim: int = 256
-    share_q_dim: int = 2048
-    max_position_embedding: int = 65536
-    max_seq_len: int = 65536
-    rms_norm_eps: float = 1e-5
-    hidden_act: str = "silu"
-    attention_dropout: float | int = 0.0
+    vocab_size: int = size(default=128815)
+    hidden_size: int = size(default=7168)
+    intermediate_size: int = size(default=18432)
+    num_hidden_layers: int = interval(min=1, max=MAX_LAYERS)(default=61)
+    num_attention_heads: int = size(default=64)
+    num_attention_groups: int = size(default=1)
+    head_dim: int = size(default=256)
+    share_q_dim: int = size(default=2048)
+    max_position_embedding: int = size(default=65536)
+    max_seq_len: int = size(default=65536)
+    rms_norm_eps: float = nonnegative(default=1e-5)
+    hidden_act: str = activation_fn_key(default="silu")
+    attention_dropout: float | int = probability(default=0.0)
     moe_layers_enum: str | list[int] | tuple[int, ...] | None = RELEASED_MOE_LAYERS
     use_moe: bool = True
-    moe_num_experts: int = 48
-    moe_top_k: int = 3
-    moe_intermediate_size: int = 5120
-    share_expert_dim: int = 5120
+    moe_num_experts: int = size(default=48)
+    moe_top_k: int = size(default=3)
+    moe_intermediate_size: int = size(default=5120)
+    share_expert_dim: int = size(default=5120)
     norm_expert_weight: bool = False
     output_router_logits: bool = False
-    router_aux_loss_coef: float | int = 0.0
+    router_aux_loss_coef: float | int = nonnegative(default=0.0)
     rope_parameters: RopeParameters | dict | None = None
-    initializer_range: float = 0.02
+    initializer_range: float = nonnegative(default=0.02)
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -396,15 +364,12 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         entries = self.moe_layers_enum
         return not (entries.strip() if isinstance(entries, str) else entries)
 
-    def _layers_as_text(self) -> str | None:
-        """`moe_layers_enum` as the serving engines read it, whatever form it has; `None` if there are too many layers
-        to write out."""
+    def _layers_as_text(self) -> str:
+        """`moe_layers_enum` as the serving engines read it, whatever form it has."""
         entries = self.moe_layers_enum
         if not self.use_moe:
             return "-1"
         if self._has_no_layers_listed():
-            if not isinstance(self.num_hidden_layers, int) or self.num_hidden_layers > MAX_LAYERS:
-                return None
             entries = range(1, self.num_hidden_layers)
         return entries if isinstance(entries, str) else ",".join(map(str, entries)) or "-1"
 
@@ -425,7 +390,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     def check_token_ids(self, input_ids: "torch.Tensor") -> None:
         """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or input_ids.shape[1] == 0:
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
             raise ValueError(
                 "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
                 f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
@@ -434,7 +399,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     def check_embeddings(self, inputs_embeds: "torch.Tensor") -> None:
         """Raises a `ValueError` unless they have the shape (batch, tokens, hidden_size)."""
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[1] == 0 or inputs_embeds.shape[2] != self.hidden_size:
+        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.hidden_size:
             raise ValueError(
                 f"`inputs_embeds` must have the shape (batch, tokens, {self.hidden_size}) with at least one token, got "
                 f"{tuple(inputs_embeds.shape)}."
@@ -463,7 +428,12 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         total = cached + num_new
         for limit, owner, reason in (
             (room, "the cache's", "the cache is full"),
-            (self.longest_sequence, "`max_position_embedding`, scaling counted in,", "all positions are taken"),
+            # Given positions are checked themselves: rows may be packed.
+            (
+                self.longest_sequence if position_ids is None else None,
+                "`max_position_embedding`, scaling counted in,",
+                "all positions are taken",
+            ),
         ):
             if limit is None or limit < 0:
                 continue
@@ -492,7 +462,8 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         if isinstance(mask, torch.Tensor):
             shape = tuple(mask.shape)
             if mask.ndim == 2:
-                is_long_enough = shape[1] >= num_new if room is not None and room > 0 else shape[1] == total
+                is_static = isinstance(cache, Cache) and cache.is_compileable
+                is_long_enough = shape[1] >= num_new if is_static else shape[1] == total
                 fits = shape[0] == batch_size and is_long_enough
             else:
                 fits = mask.ndim == 4 and (shape[0] == 1 or shape[0] == batch_size) and shape[2] == num_new
@@ -517,13 +488,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             )
 
     def validate_architecture(self):
-        """Checks that every size is positive and that heads, experts and layer indices agree."""
-        _check_at_least(self, 1, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-        _check_at_least(self, 1, "num_attention_heads", "num_attention_groups", "share_q_dim")
-        _check_at_least(self, 1, "max_position_embedding", "max_seq_len")
-        _check_at_least(self, 1, "moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim")
-        _check_at_least(self, 0, "rms_norm_eps", "initializer_range", "router_aux_loss_coef")
-        _check_probability(self, "attention_dropout")
+        """Checks that heads, experts and layer indices agree."""
         if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
                 "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
@@ -540,8 +505,6 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             raise ValueError(
                 f"`moe_top_k` must not exceed `moe_num_experts`, got {self.moe_top_k} of {self.moe_num_experts}."
             )
-        if self.num_hidden_layers > MAX_LAYERS:
-            raise ValueError(f"`num_hidden_layers` must be at most {MAX_LAYERS}, got {self.num_hidden_layers}.")
         try:
             moe_layers = self.moe_layers
         except (TypeError, ValueError):
@@ -619,7 +582,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    understand_projector_stride: int = 2
+    understand_projector_stride: int = size(default=2)
     projector_bias: bool = False
     image_token_id: int = 128001
     tie_word_embeddings: bool = False
@@ -640,6 +603,15 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
             self.text_config.tie_word_embeddings = True
         super().__post_init__(**kwargs)
         self._name_architecture(self.text_config.__dict__)
+
+    # Of the whole model, libraries ask for these: PEFT for the first, early exit of generation for the second.
+    vocab_size, num_hidden_layers = (
+        property(
+            lambda self, name=name: getattr(self.text_config, name),
+            lambda self, value, name=name: setattr(self.text_config, name, value),
+        )
+        for name in ("vocab_size", "num_hidden_layers")
+    )
 
     @staticmethod
     def _name_architecture(text_config: dict) -> None:
@@ -667,14 +639,13 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         return output
 
     def validate_architecture(self):
-        """Checks the parts' types, the stride and the image token."""
+        """Checks the parts' types and the image token."""
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
             part = getattr(self, name)
             if part.model_type != config_class.model_type:
                 raise ValueError(
                     f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(part).__name__}."
                 )
-        _check_at_least(self, 1, "understand_projector_stride")
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "

@@ -27,9 +27,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -40,6 +42,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -47,17 +50,12 @@ from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_step3 import (
-    CACHE_NAME,
     REWRITES,
     LinearExperts,
     Rewritable,
     Step3Checkpoint,
-    Step3GenerationInputs,
     Step3Rewritable,
     apply_linear,
-    find,
-    need,
-    one_cache,
     sum_products,
 )
 from .configuration_step3 import (
@@ -67,9 +65,9 @@ from .configuration_step3 import (
     check_tensors,
     check_values,
     gathers_uneven_outputs,
-    is_updated_by_attention,
     num_image_tokens,
 )
+from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, one_cache
 
 
 if is_torch_distributed_available():
@@ -212,9 +210,7 @@ class Step3TextAttention(Rewritable):
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
-        if is_updated_by_attention(cache):
-            kwargs["cache"] = cache
-        elif cache is not None:
+        if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -281,14 +277,13 @@ def step3_experts_forward(
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    grouped_mm: Callable,
 ) -> torch.Tensor:
-    """The experts implementation `"step3"`, the default: `grouped_mm`, but for a single compiled token, and on a CPU up
-    to two an expert, sums, which read the chosen experts where they are, without a copy."""
+    """The experts implementation `"step3"`, the default: `grouped_mm`, except for compiled steps with few tokens, which
+    avoid gathering expert weights: a single token, and on a CPU up to two tokens an expert."""
     num_tokens, top_k = top_k_index.shape
     is_few = hidden_states.device.type == "cpu" and num_tokens * top_k <= 2 * self.num_experts
     if not torch.compiler.is_compiling() or (num_tokens > 1 and not is_few):
-        return grouped_mm(self, hidden_states, top_k_index, top_k_weights)
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
     experts, order = top_k_index.clamp(max=self.num_experts - 1).flatten().sort()
     gate_up = sum_products(self.gate_up_proj, hidden_states[order // top_k], experts).type_as(hidden_states)
@@ -296,13 +291,8 @@ def step3_experts_forward(
     return (output.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(1).type_as(hidden_states)
 
 
-ALL_EXPERTS_FUNCTIONS = find("integrations.moe", "ALL_EXPERTS_FUNCTIONS")
-GROUPED_MM = find("integrations.moe", "grouped_mm_experts_forward")
-ALL_FP8_EXPERTS_FUNCTIONS = find("integrations.finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS")
-if ALL_EXPERTS_FUNCTIONS is not None and GROUPED_MM is not None:
-    ALL_EXPERTS_FUNCTIONS.register("step3", partial(step3_experts_forward, grouped_mm=GROUPED_MM))
-if ALL_FP8_EXPERTS_FUNCTIONS is not None and "grouped_mm" in ALL_FP8_EXPERTS_FUNCTIONS:
-    ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
+ALL_EXPERTS_FUNCTIONS.register("step3", step3_experts_forward)
+ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 @use_experts_implementation
@@ -424,11 +414,6 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
 
-    def __init__(self, config: Step3VLConfig, *args, **kwargs):
-        if getattr(config, "hidden_act", None) is not None and config.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {config.hidden_act!r}.")
-        super().__init__(config, *args, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -449,59 +434,7 @@ class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
         # The type the model is made in, and the narrower one it may be cast to.
         dtypes = (torch.get_default_dtype(), torch.bfloat16)
         fits = all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes)
-        is_known = ALL_EXPERTS_FUNCTIONS is not None and "step3" in ALL_EXPERTS_FUNCTIONS
-        return "step3" if fits and is_known and implementation == "grouped_mm" else "eager"
-
-
-class BoundedLayer(DynamicLayer):
-    """One layer's keys and values of the newest tokens. Those that were dropped still count as positions."""
-
-    num_dropped = 0
-
-    def get_seq_length(self) -> int:
-        return self.num_dropped + super().get_seq_length()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() - self.num_dropped + query_length, self.num_dropped
-
-    def crop(self, length: int) -> None:
-        """Takes away the newest tokens: `-length` of them, or, for a positive number, all beyond that many."""
-        count = -length if length <= 0 else self.get_seq_length() - length
-        if count > 0 and self.is_initialized:
-            self.keys, self.values = self.keys[..., :-count, :], self.values[..., :-count, :]
-
-    def reset(self) -> None:
-        super().reset()
-        self.num_dropped = 0
-
-
-class Step3BoundedCache(Cache):
-    """
-    A cache of at most `max_length` tokens, used as a dynamic one, which can be cut back to its newest tokens while
-    positions go on counting, so that a long conversation goes on.
-    """
-
-    def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int):
-        if max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-        super().__init__(layers=[BoundedLayer() for _ in range(config.get_text_config().num_hidden_layers)])
-        self.max_length = max_length
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """As in any cache. Raises a `ValueError` before any layer is touched if there is no room for all new tokens."""
-        held, new = self.layers[0].get_mask_sizes(0)[0], key_states.shape[-2]
-        if layer_idx == 0 and held + new > self.max_length:
-            raise ValueError(f"{held} held and {new} new tokens are more than the cache's {self.max_length}.")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def reclaim(self, num_tokens: int) -> None:
-        """Keeps the newest `num_tokens` of every layer and gives the memory of the others back."""
-        for layer in self.layers:
-            held = layer.get_mask_sizes(0)[0]
-            if not 0 < num_tokens <= held:
-                raise ValueError(f"Between 1 and {held} tokens can be kept, got {num_tokens}.")
-            layer.keys, layer.values = (states[..., -num_tokens:, :].clone() for states in (layer.keys, layer.values))
-            layer.num_dropped += held - num_tokens
+        return "step3" if fits and implementation == "grouped_mm" else "eager"
 
 
 class Step3TextModel(Step3VLPreTrainedModel):
@@ -531,10 +464,9 @@ class Step3TextModel(Step3VLPreTrainedModel):
         """What a decoding step attends to, (batch, 1, 1, keys), from an `attention_mask` of (batch, tokens), without
         waiting for the device, which transformers' own masks do to learn whether there is any padding."""
         mask = attention_mask.bool()
-        room = -1 if cache is None else cache.get_max_length()
         if isinstance(cache, Step3BoundedCache):
             mask = mask[:, cache.layers[0].num_dropped :]
-        if room > 0:  # a static cache, whose keys reach beyond the tokens so far
+        elif cache is not None and (room := cache.get_max_length()) > 0:  # static: its keys reach beyond these tokens
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
@@ -574,10 +506,9 @@ class Step3TextModel(Step3VLPreTrainedModel):
         if inputs_embeds is None:
             self.config.check_token_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        if isinstance(cache, Step3BoundedCache):
+            cache.make_room(inputs_embeds.shape[1])
         self.config.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
-
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
@@ -594,13 +525,17 @@ class Step3TextModel(Step3VLPreTrainedModel):
         ):
             causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, cache)
         else:
+            # It looks for packed rows, told by their positions, only where it is given no cache.
+            is_empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE_NAME: cache},
+                **{CACHE_NAME: None if is_empty else cache},
             )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -940,7 +875,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         patch_pixel_values: torch.Tensor | None = None,
         num_patches: torch.LongTensor | list[int] | None = None,
-        image_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
@@ -955,21 +890,20 @@ class Step3VLModel(Step3VLPreTrainedModel):
             )
         if pixel_values is None and patch_pixel_values is not None:
             raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
-        check_tensors(image_embeds=image_embeds)
         if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
             image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
         elif pixel_values is not None:
             encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
-        if encoded is not None:
-            image_embeds = torch.cat(list(encoded.pooler_output))
-        if image_embeds is None:
+        features = image_embeds if encoded is None else encoded.pooler_output
+        if features is None:
             return None, None
         width = self.config.text_config.hidden_size
-        if image_embeds.ndim < 2 or image_embeds.shape[-1] != width:
-            raise ValueError(
-                f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(image_embeds.shape)}."
-            )
-        return image_embeds.reshape(-1, width), encoded
+        features = [features] if isinstance(features, torch.Tensor) else features
+        for part in features:
+            check_tensors(image_embeds=part)
+            if part.ndim < 2 or part.shape[-1] != width:
+                raise ValueError(f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(part.shape)}.")
+        return torch.cat([part.reshape(-1, width) for part in features]), encoded
 
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -980,7 +914,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
-    def warn_of_image_tokens(self, input_ids: torch.LongTensor, cache: Cache | None) -> None:
+    def warn_of_image_tokens(self, input_ids: torch.LongTensor, cache: Cache | None = None) -> None:
         """Once, if there are any in a text without pictures, in whose place nothing is put."""
         if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
             return
@@ -1014,7 +948,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         patch_pixel_values: torch.Tensor | None = None,
         num_patches: torch.LongTensor | None = None,
-        image_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -1027,7 +961,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         """
         Args:
             pixel_values, patch_pixel_values, num_patches: Pictures, as in [`~Step3VLModel.get_image_features`].
-            image_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)`, *optional*):
+            image_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)` or a tuple of such, *optional*):
                 Image features of all pictures, one after the other, in place of `pixel_values`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
@@ -1071,7 +1005,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Step3LanguageModelHead(Step3GenerationInputs):
+class Step3LanguageModelHead:
     """What [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`] do with the hidden states they get."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -1102,6 +1036,16 @@ class Step3LanguageModelHead(Step3GenerationInputs):
         if positions.ndim == 2:
             return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
         return hidden_states[:, positions]
+
+    def check_checkpointing_keeps_gradients(self) -> None:
+        """Raises a `ValueError` under reentrant checkpointing, where router logits are recorded without gradients."""
+        for layer in self.modules():
+            if isinstance(layer, Step3TextDecoderLayer) and layer.gradient_checkpointing:
+                if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                    raise ValueError(
+                        "The load-balancing loss has no gradient under reentrant checkpointing: turn checkpointing on "
+                        'with `{"use_reentrant": False}`.'
+                    )
 
     def predict(
         self,
@@ -1139,12 +1083,11 @@ class Step3LanguageModelHead(Step3GenerationInputs):
             token_mask = None
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
-            load_balancing_loss = need(
-                "models.mixtral.modeling_mixtral", "load_balancing_loss_func", "The load-balancing loss"
-            )
-            aux_loss = load_balancing_loss(
+            aux_loss = load_balancing_loss_func(
                 outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
             )
+            if text_config.router_aux_loss_coef and self.training and torch.is_grad_enabled():
+                self.check_checkpointing_keeps_gradients()
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return {
@@ -1158,7 +1101,7 @@ class Step3LanguageModelHead(Step3GenerationInputs):
         }
 
 
-class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
     """The text decoder with a language-model head, for checkpoints of text alone or the text part of a whole one."""
 
     config: Step3TextConfig
@@ -1219,15 +1162,10 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Gener
         )
 
 
-class NoImageTokens(SuppressTokensLogitsProcessor):
-    """A class of its own, since one of transformers' own would take the place of a request's `suppress_tokens`."""
-
-
-class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, GenerationMixin):
+class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
     """The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs."""
 
     config_class = Step3VLConfig
-    _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Step3VLConfig):
@@ -1253,7 +1191,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         pixel_values: torch.Tensor | None = None,
         patch_pixel_values: torch.Tensor | None = None,
         num_patches: torch.LongTensor | None = None,
-        image_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | tuple[torch.Tensor, ...] | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
@@ -1292,94 +1230,6 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             image_outputs=outputs.image_outputs,
         )
 
-    @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """As for any model. Pictures are encoded once and put in their places among the prompt's embeddings, which are
-        then repeated, cut into chunks and continued row by row, as its tokens are. No image token is generated."""
-        assistant, prompt = kwargs.get("assistant_model"), {}
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if self.has_pictures(kwargs):
-            if assistant is not None and not hasattr(assistant, "get_image_features"):
-                raise ValueError("`assistant_model` must see pictures, too, if the prompt has any.")
-            prompt = self.embed_prompt(input_ids, kwargs)
-        elif isinstance(input_ids, torch.Tensor) and input_ids.ndim == 2:
-            cache = one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
-            cached, mask = 0 if cache is None else int(cache.get_seq_length()), kwargs.get("attention_mask")
-            total = (mask if getattr(mask, "ndim", 0) == 2 else input_ids).shape[1]
-            self.model.warn_of_image_tokens(input_ids[:, cached - total :], None)
-        # An assistant sees the pictures for itself, and gets by name what the model that it assists made of them.
-        dropped = ("prompt_embeds", "prompt_start", *(self._picture_inputs if assistant is None else ()))
-        kwargs = {name: value for name, value in kwargs.items() if name not in dropped}
-        logits_processor = [*(logits_processor or []), NoImageTokens([self.config.image_token_id], self.device)]
-        logits_processor = LogitsProcessorList(logits_processor)
-        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs, **prompt)
-
-    @staticmethod
-    def has_pictures(model_inputs: dict) -> bool:
-        """Whether there are any among a model's arguments, in whichever form; counts alone may be left over."""
-        names = ("pixel_values", "image_embeds")
-        return any(model_inputs.get(name) is not None for name in names) or bool(model_inputs.get("mm_encoder_outputs"))
-
-    def embed_prompt(self, input_ids: torch.LongTensor | None, model_inputs: dict) -> dict[str, torch.Tensor | int]:
-        """The embeddings of a prompt with its pictures, `prompt_embeds` (batch, tokens, hidden_size), and the position
-        that they start from, `prompt_start`; or `inputs_embeds` for one that was given so. Raises a `ValueError` if the
-        pictures do not fit the image tokens, or those that no cache holds yet."""
-        given, attention_mask = model_inputs.pop("inputs_embeds", None), model_inputs.get("attention_mask")
-        if given is None:
-            if not isinstance(input_ids, torch.Tensor):
-                raise ValueError("Pictures need `input_ids` or `inputs_embeds` that hold their image tokens.")
-            self.config.text_config.check_token_ids(input_ids)
-        embeds = self.get_input_embeddings()(input_ids) if given is None else given
-        mask = self.model.get_image_token_mask(input_ids if given is None else None, given)
-        start = attention_mask.shape[1] - mask.shape[1] if getattr(attention_mask, "ndim", 0) == 2 else 0
-        cache = one_cache(model_inputs.get("cache"), model_inputs.get("past_key_values"))
-        cached = 0 if cache is None else max(int(cache.get_seq_length()) - start, 0)
-        if cached == 0 or mask[:, cached:].any():
-            features, _ = self.model.collect_features(*(model_inputs.get(name) for name in self._picture_inputs))
-            if features.shape[0] == mask[:, cached:].sum():  # those of the new tokens alone
-                mask = mask & (torch.arange(mask.shape[1], device=mask.device) >= cached)
-            self.model.check_image_tokens(mask, features)
-            embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), features.to(embeds.device, embeds.dtype))
-        return {"prompt_embeds": embeds, "prompt_start": start} if given is None else {"inputs_embeds": embeds}
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.LongTensor,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = False,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_start: int = 0,
-        past_key_values: Cache | None = None,
-        **kwargs,
-    ) -> dict:
-        """As for any model; tokens of the prompt go in as `embed_prompt` made them. Outside `generate`, pictures go in
-        once, with the first tokens."""
-        cache = one_cache(cache, past_key_values, kwargs)
-        if prompt_embeds is not None or (not is_first_iteration and kwargs.get("use_cache", True)):
-            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            cache=cache,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if prompt_embeds is not None:
-            input_ids = model_inputs["input_ids"]
-            num_new, length = input_ids.shape[1], prompt_embeds.shape[1]
-            if getattr(attention_mask, "ndim", 0) == 2:
-                start = attention_mask.shape[1] - num_new - prompt_start
-            else:
-                start = 0 if cache is None else int(cache.get_seq_length()) - prompt_start
-            if start < length:
-                prompt = prompt_embeds[:, start : start + num_new]
-                others = self.get_input_embeddings()(input_ids[:, prompt.shape[1] :])
-                model_inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, others], 1)}
-        return model_inputs
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several ranks
@@ -1391,10 +1241,6 @@ def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
     if not tensor.requires_grad:
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-ALL_PARALLEL_STYLES = find("distributed.tensor_parallel", "ALL_PARALLEL_STYLES")
-TensorParallelLayer = find("distributed.tensor_parallel", "TensorParallelLayer") or object
 
 
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
@@ -1426,9 +1272,8 @@ class SplitExpertsParallel(TensorParallelLayer):
         )
 
 
-if ALL_PARALLEL_STYLES is not None:
-    ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
-    ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
+ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
+ALL_PARALLEL_STYLES.register("split_experts", SplitExpertsParallel())
 
 
 for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):

@@ -47,7 +47,7 @@ from step3_vl import (
     Step3VLImageProcessor,
     Step3VLModel,
 )
-from step3_vl.checkpoint_step3 import CACHE_NAME
+from step3_vl.generation_step3 import CACHE_NAME
 
 
 SCRIPTS = Path(__file__).parent

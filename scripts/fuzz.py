@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
-from step3_vl.checkpoint_step3 import CACHE_NAME
+from step3_vl.generation_step3 import CACHE_NAME
 
 
 # What the doors say they raise: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's

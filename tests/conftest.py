@@ -20,7 +20,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
-from step3_vl.checkpoint_step3 import CACHE_NAME
+from step3_vl.generation_step3 import CACHE_NAME
 
 
 logging.disable_progress_bar()

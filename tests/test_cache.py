@@ -1,8 +1,11 @@
 """The cache that is bounded and can be cut back."""
 
+import functools
+
 import pytest
 import torch
 from conftest import assert_close, row_alone, small_batch, small_config, small_model
+from transformers import StaticCache
 
 from step3_vl import Step3BoundedCache
 
@@ -32,14 +35,27 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     ids = torch.arange(20, 26)[None]
     model(ids[:, :4], cache=cache)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ValueError, match="4 held and 3 new tokens are more than the cache's 6"):
+    with pytest.raises(ValueError, match="4 cached and 3 new tokens are more than the cache's 6"):
         model(torch.arange(3)[None] + 11, cache=cache)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
     assert_close(model(ids[:, 4:], cache=cache).logits, model(ids).logits[:, 4:])
-    with pytest.raises(ValueError, match="Between 1 and 6 tokens can be kept, got 7"):
-        cache.reclaim(7)
+    cache.reclaim(1000)
+    assert cache.layers[0].num_held == 6
+    states = torch.zeros(1, 1, 1, 16)
+    for layer in range(3):
+        with pytest.raises(ValueError, match="6 held and 1 new tokens are more than the cache's 6"):
+            cache.update(states, states, layer)
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match=f"`layer_idx` must lie between 0 and 2, got {layer}"):
+            cache.update(states, states, layer)
+    with pytest.raises(ValueError, match="At least 1 token must be kept, got 0"):
+        cache.reclaim(0)
+    Step3BoundedCache(model.config, 6).reclaim(3)  # of none
     with pytest.raises(ValueError, match="`max_length` must be at least 1"):
         Step3BoundedCache(model.config, 0)
+    for keep in (0, 6):
+        with pytest.raises(ValueError, match=f"`keep` must lie between 1 and 5, below `max_length`, got {keep}"):
+            Step3BoundedCache(model.config, 6, keep=keep)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -88,3 +104,41 @@ def test_a_conversation_goes_on(model):
         cache.reclaim(8)
         ids = torch.cat([output, torch.tensor([[41, 42]])], 1)
     assert output.shape[1] > 20
+
+
+@pytest.mark.parametrize("make", [Step3BoundedCache, functools.partial(StaticCache, max_cache_len=18)])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
+def test_an_answer_ends_where_the_cache_is_full(model, batch, make, options, caplog):
+    inputs = row_alone(batch, 2)
+    cache = make(model.config, 18) if make is Step3BoundedCache else make(config=model.config)
+    options = {"do_sample": False, "disable_compile": True, **options}
+    output = model.generate(**inputs, **options, max_new_tokens=50, min_new_tokens=5, cache=cache)
+    assert output.shape[1] == 19  # of which the last is not cached
+    assert torch.equal(output, model.generate(**inputs, **options, max_new_tokens=5, min_new_tokens=5))
+    with pytest.raises(ValueError, match="tokens, which leaves none of the cache's 18 tokens for an answer"):
+        model.generate(torch.cat([output, output[:, -1:]], 1), max_new_tokens=5, cache=cache)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_cache_that_makes_room_by_itself_lets_an_answer_go_on(attention):
+    """Each token is the one that follows when only what is kept of the earlier ones is attended to."""
+    model = small_model(attn_implementation=attention)
+    inputs = row_alone(small_batch(model), 2)
+    cache = Step3BoundedCache(model.config, 16, keep=9)
+    output = model.generate(**inputs, max_new_tokens=160, min_new_tokens=160, do_sample=False, cache=cache)
+    length, total = inputs["input_ids"].shape[1], output.shape[1]
+    assert total == length + 160 and cache.layers[0].num_held <= 16
+
+    seen, first = torch.zeros(total, total, dtype=torch.bool), 0
+    for position in range(total):
+        if position >= length and position + 1 - first > 16:  # no room for this token
+            first = position - 9
+        seen[position, first : position + 1] = True
+    pictures = {name: inputs[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    mask = seen[None, None]
+    if attention == "eager":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        logits = model(output, attention_mask=mask, **pictures, use_cache=False).logits[0, length - 1 : -1]
+    logits[:, [model.config.text_config.eos_token_id, model.config.image_token_id]] = -torch.inf
+    assert torch.equal(logits.argmax(-1), output[0, length:])

@@ -39,8 +39,11 @@ def test_defect_01_attention_dropout_is_a_setting_and_for_training_only():
     assert not torch.allclose(model(IDS).logits, model(IDS).logits)
     model(IDS, labels=IDS).loss.backward()
     for wrong in (-0.1, 1.5):
-        with pytest.raises(StrictDataclassError, match=f"`attention_dropout` must lie between 0 and 1, got {wrong}"):
-            Step3TextConfig(attention_dropout=wrong)
+        with pytest.raises(StrictDataclassError, match=rf"'attention_dropout'.*\n.*got {wrong}"):
+            model.config.text_config.attention_dropout = wrong
+    vision = small_model(small_config(vision={"attention_dropout": 0.5})).model.vision_model
+    pixels = torch.randn(1, 3, 112, 112)
+    assert_close(run(vision, pixels)[0], run(small_model().model.vision_model, pixels)[0])
 
 
 def test_defect_02_a_batch_is_its_rows(model, batch):
@@ -91,6 +94,9 @@ def test_defect_06_labels_give_the_loss(model):
         ValueError, match=r"`labels` must be int64 of the shape \(2, 5\) .* got torch.int64 of shape \(2, 4\)"
     ):
         run(model, IDS, labels=labels[:, :4])
+    for wrong in (-1, 97):
+        with pytest.raises(RuntimeError, match="`labels` must be -100 or lie between 0 and 96"):
+            run(model, IDS, labels=labels.masked_fill(labels == 25, wrong))
 
 
 @pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])

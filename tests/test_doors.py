@@ -123,7 +123,7 @@ def test_image_tokens_without_pictures_are_tokens_like_others(monkeypatch):
     assert torch.equal(logits, wanted)
 
 
-def test_features_with_leading_dimensions():
+def test_features_in_every_form():
     model = small_model()
     batch = small_batch(model)
     pictures = {name: batch.pop(name) for name in ("pixel_values", "patch_pixel_values", "num_patches")}
@@ -135,6 +135,9 @@ def test_features_with_leading_dimensions():
             beams = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False}
             wanted = model.generate(**batch, **pictures, **beams)
             assert torch.equal(model.generate(**batch, image_embeds=features.view(shape), **beams), wanted)
+        for parts in (features.split([6, 4, 5]), list(features.split([6, 9]))):
+            assert_close(model(**batch, image_embeds=parts).logits, expected)
+            assert torch.equal(model.generate(**batch, image_embeds=parts, **beams), wanted)
 
 
 @pytest.mark.parametrize("model_class", [Step3TextModel, Step3TextForCausalLM, Step3VLModel, None])
@@ -173,6 +176,7 @@ def test_what_the_model_refuses():
     fails("between 0 and 96, got -1 to 11", input_ids=torch.tensor([[11, -1]]))
     fails(r"`input_ids` must be whole numbers.*torch.float32 of shape \(2, 3\)", input_ids=IDS.float())
     fails(r"at least one token, got torch.int64 of shape \(2, 0\)", input_ids=IDS[:, :0])
+    fails(r"at least one token, got torch.int64 of shape \(0, 3\)", input_ids=IDS[:0])
     fails(r"got torch.int64 of shape \(3,\)", input_ids=IDS[0])
     fails(
         r"`inputs_embeds` must have the shape \(batch, tokens, 48\).*\(2, 3, 47\)", inputs_embeds=torch.ones(2, 3, 47)

@@ -91,13 +91,15 @@ def test_sampled_sequences_see_their_own_pictures(model, batch):
     assert torch.equal(sampled, expected.repeat_interleave(2, 0))
 
 
-@pytest.mark.parametrize("assistant", ["prompt lookup", "model"])
+@pytest.mark.parametrize("assistant", ["prompt lookup", "early exit", "model", "narrow model"])
 def test_assisted_decoding_is_greedy(model, batch, assistant):
     inputs = row_alone(batch, 2)
-    if assistant == "model":
-        options = {"assistant_model": small_model(small_config(text={"num_hidden_layers": 2, "moe_layers_enum": "1"}))}
+    if "model" in assistant:
+        width = 40 if assistant == "narrow model" else 48
+        text = {"num_hidden_layers": 2, "moe_layers_enum": "1", "hidden_size": width}
+        options = {"assistant_model": small_model(small_config(text=text))}
     else:
-        options = {"prompt_lookup_num_tokens": 3}
+        options = {"prompt_lookup_num_tokens": 3} if assistant == "prompt lookup" else {"assistant_early_exit": 2}
     assert torch.equal(model.generate(**inputs, **GREEDY, **options), model.generate(**inputs, **GREEDY))
 
 
@@ -188,6 +190,34 @@ def test_a_second_turn_with_pictures_in_chunks(model, form, options):
         assert torch.equal(output[:, inputs["input_ids"].shape[1] :], expected)
 
 
+@pytest.mark.parametrize("tokens", ["all", "new"])
+def test_a_second_turn_with_pictures_in_a_padded_batch(model, batch, tokens):
+    """Padding stands before the first turn, and before the second."""
+    pictures = {name: batch.pop(name) for name in PICTURE_INPUTS}
+    both = {name: torch.cat([value, value.roll(1, 0)], 1) for name, value in batch.items()}
+    rows = [[], [0], [1, 2]]
+    images = [image for row in range(3) for image in rows[row] + rows[row - 1]]
+    patches = pictures["patch_pixel_values"].split(pictures["num_patches"].tolist())
+    every = {
+        "pixel_values": pictures["pixel_values"][images],
+        "num_patches": pictures["num_patches"][images],
+        "patch_pixel_values": torch.cat([patches[image] for image in images]),
+    }
+    images = [image for row in range(3) for image in rows[row - 1]]
+    second = {
+        "pixel_values": pictures["pixel_values"][images],
+        "num_patches": pictures["num_patches"][images],
+        "patch_pixel_values": torch.cat([patches[image] for image in images]),
+    }
+    expected = model.generate(**both, **every, **GREEDY)[:, -8:]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**batch, **pictures, cache=cache, position_ids=(batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+    if tokens == "new":
+        both["input_ids"] = batch["input_ids"].roll(1, 0)
+    assert torch.equal(model.generate(**both, **second, **GREEDY, cache=cache)[:, -8:], expected)
+
+
 @pytest.mark.parametrize("tokens", [2, 3, 5, 10])
 def test_prompt_lookup_proposes_no_image_tokens(model, batch, tokens):
     for row in (1, 2):
@@ -222,6 +252,11 @@ def test_what_is_generated_ends_with_the_last_position(batch):
     assert config.max_new_tokens == 50
     with pytest.raises(ValueError, match="prompt has 20 tokens, which leaves none of the model's 20 positions"):
         model.generate(expected)
+    padded = {"input_ids": torch.cat([torch.full((1, 10), 2), inputs["input_ids"]], 1)}
+    padded["attention_mask"] = torch.cat([torch.zeros(1, 10).long(), inputs["attention_mask"]], 1)
+    pictures = {name: inputs[name] for name in PICTURE_INPUTS}
+    output = model.generate(**padded, **pictures, do_sample=False, max_new_tokens=50, min_new_tokens=20 - length)
+    assert torch.equal(output[:, 10:], expected)  # padding takes no positions
 
 
 @pytest.mark.parametrize("part", ["whole", "text"])
@@ -256,7 +291,7 @@ def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, 
         image_embeds=features.repeat(1, 2),
     )
     fails(r"got \(720,\)", **text, image_embeds=features.flatten())
-    fails("`image_embeds` must be a tensor, got list", **text, image_embeds=[features])
+    fails("`image_embeds` must be a tensor, got list", **text, image_embeds=[[features]])
     fails("only one of them", **batch, image_embeds=features)
     fails("belong to `pixel_values`", **text, patch_pixel_values=batch["patch_pixel_values"], image_embeds=features)
     fails("`mm_encoder_outputs` must hold `image`, got .'video'", **text, mm_encoder_outputs={"video": encoded})
@@ -266,6 +301,46 @@ def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, 
     with pytest.raises(ValueError, match="`assistant_model` must see pictures, too"):
         assistant = Step3TextForCausalLM._from_config(model.config.text_config)
         model.generate(**row_alone(batch, 1), assistant_model=assistant)
+
+
+def test_an_assistant_sees_the_pictures_for_itself(model, batch):
+    """One that is equal to the model proposes what the model answers, five tokens at once."""
+    inputs, assistant, proposals = row_alone(batch, 2), small_model(), []
+    assistant.generation_config.num_assistant_tokens = 5
+    assistant.generation_config.assistant_confidence_threshold = 0
+    generate = assistant.generate
+
+    def watched(*args, **kwargs):
+        proposals.append(generate(*args, **kwargs))
+        return proposals[-1]
+
+    assistant.generate = watched
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": 96}
+    output = model.generate(**inputs, **options, assistant_model=assistant)
+    assert torch.equal(output, model.generate(**inputs, **options))
+    first = proposals[0].sequences
+    assert first.shape[1] == inputs["input_ids"].shape[1] + 5 and torch.equal(first, output[:, :-1])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}])
+def test_values_that_are_not_finite_are_an_error_that_names_them(model, batch, options):
+    inputs = {**row_alone(batch, 2), **GREEDY, **options}
+    weight = model.model.language_model.layers[1].self_attn.wq.weight
+    kept = weight[3, 4].item()
+    with torch.no_grad():
+        weight[3, 4] = torch.nan
+    for each in (model, Step3TextForCausalLM._from_config(model.config.text_config)):
+        if each is not model:
+            each.model, each.lm_head = model.model.language_model, model.lm_head
+            inputs = {"input_ids": inputs["input_ids"], **GREEDY, **options}
+        with pytest.raises(RuntimeError, match=r"not finite: .* in model\..*layers.1.self_attn.wq.weight"):
+            each.generate(**inputs)
+    with torch.no_grad():
+        weight[3, 4] = kept
+    model.generate(**inputs)
+    pixels = torch.full_like(batch["pixel_values"], torch.nan)
+    with pytest.raises(RuntimeError, match="values overflow torch.float32, or are so in the inputs"):
+        model.generate(**{**batch, "pixel_values": pixels})
 
 
 def test_an_assistant_of_fewer_positions_bounds_the_answer(model, batch):

@@ -67,6 +67,19 @@ def test_fp8_is_kept_where_a_gpu_has_it(fp8, tmp_path, monkeypatch):
         AutoModelForImageTextToText.from_pretrained(fp8)
 
 
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_generation_with_the_vision_encoder_offloaded(model, batch, tmp_path, place):
+    """The first weight of the model is then on the device `meta`."""
+    model.save_pretrained(tmp_path)
+    vision = ("vision_model", "vit_downsampler", "vit_downsampler2", "vit_large_projector")
+    places = {f"model.{name}": place for name in vision} | {"model.language_model": "disk", "lm_head": "cpu"}
+    placed = type(model).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offloaded")
+    options = {"do_sample": False, "max_new_tokens": 4}
+    for beams in (1, 2):
+        expected = model.generate(**batch, **options, num_beams=beams)
+        assert torch.equal(placed.generate(**batch, **options, num_beams=beams), expected)
+
+
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
 def test_the_text_part_is_taken_out_of_a_whole_checkpoint(fp8, bfloat16, kind):
     if kind == "fp8" and Version(transformers.__version__) < Version("5.17"):

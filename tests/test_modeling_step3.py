@@ -360,6 +360,84 @@ def test_recorded_outputs_of_the_vision_encoder(model, batch):
     torch.testing.assert_close(output.hidden_states[-1][:, 4:], output.last_hidden_state)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache": "empty"}])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_packed_rows_are_the_rows(attention, options):
+    """Told by positions that start anew; together they may be longer than the positions."""
+    config = small_config(text={"max_position_embedding": 8})
+    model = small_model(config, attn_implementation={"text_config": attention, "vision_config": "sdpa"})
+    texts = [torch.arange(20, 26)[None], torch.arange(40, 45)[None]]
+    ids, positions = torch.cat(texts, 1), torch.cat([torch.arange(6), torch.arange(5)])[None]
+    if "cache" in options:
+        options = {"cache": DynamicCache(config=model.config)}
+    labels = torch.cat([texts[0], torch.full((1, 1), -100), texts[1][:, 1:]], 1)
+    with torch.no_grad():
+        output = model(ids, position_ids=positions, labels=labels, **options)
+        assert_close(output.logits, torch.cat([model(text).logits for text in texts], 1))
+        losses = [5 * model(texts[0], labels=texts[0]).loss, 4 * model(texts[1], labels=texts[1]).loss]
+    torch.testing.assert_close(output.loss, sum(losses) / 9)
+    with pytest.raises(ValueError, match="0 cached and 11 new tokens are more than `max_position_embedding`.* 8"):
+        model(ids)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_norms_and_softmaxes_are_taken_in_float32(experts):
+    class Types(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            if func.overloadpacket in (torch.ops.aten._softmax, torch.ops.aten.rsqrt):
+                self.seen.add((func.overloadpacket._qualified_op_name, output.dtype))
+            return output
+
+    for dtype in (torch.bfloat16, torch.float16):
+        model = small_model(dtype=dtype, attn_implementation="eager", experts_implementation=experts)
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small_batch(model).items()}
+        with Types() as types, torch.no_grad():
+            model(**batch)
+        assert types.seen == {("aten::_softmax", torch.float32), ("aten::rsqrt", torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_is_close_to_float32(attention, dtype):
+    """With the same weights. A token may be routed to another expert, so the median of the errors is what counts."""
+    model = small_model(dtype=dtype, attn_implementation=attention)
+    exact = small_model(attn_implementation=attention)
+    exact.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
+    batch = small_batch(model)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        errors = (model(**batch).logits.float() - exact(**batch).logits)[real].abs()
+        scale = exact(**batch).logits[real].abs().mean()
+        tokens = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert errors.isfinite().all() and errors.median() < 8 * torch.finfo(dtype).eps * scale
+    assert tokens.shape[1] == batch["input_ids"].shape[1] + 4
+
+
+def test_the_load_balancing_loss_is_refused_where_it_has_no_gradient(batch):
+    model = small_model(small_config(text={"router_aux_loss_coef": 0.5})).train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    inputs = {**batch, "labels": batch["input_ids"], "use_cache": False}
+    gradients = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options is not None:
+            enable(options)
+        model.enable_input_require_grads()
+        model.zero_grad()
+        if options == {"use_reentrant": True}:
+            with pytest.raises(ValueError, match='no gradient under reentrant checkpointing: .*"use_reentrant": False'):
+                model(**inputs, output_router_logits=True)
+            model(**inputs).loss.backward()  # without it, such checkpointing is right
+        else:
+            model(**inputs, output_router_logits=True).loss.backward()
+            gradients.append(model.model.language_model.layers[1].moe.gate.weight.grad.clone())
+    assert_close(*gradients)
+
+
 def test_gradient_checkpointing_changes_nothing(model, batch):
     def gradients():
         model.zero_grad()

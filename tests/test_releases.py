@@ -1,20 +1,16 @@
-"""What releases of transformers call things: both names of the cache, names that a later release may change or drop."""
+"""What releases of transformers call things: both names of the cache, and names that a later release may change."""
 
 import functools
 import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, cache_of, row_alone, small_config, small_model
-from transformers import DynamicCache, PreTrainedModel, StaticCache, Trainer, TrainingArguments
+from conftest import cache_of, row_alone, small_config
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 from transformers.generation import GenerationMixin
 
 from step3_vl import Step3TextForCausalLM, Step3TextModel, Step3VLForConditionalGeneration, Step3VLModel
-from step3_vl.checkpoint_step3 import CACHE_NAME
+from step3_vl.generation_step3 import CACHE_NAME
 
 
 # Those who give a cache by its older name are told so by releases that call it otherwise.
@@ -137,101 +133,3 @@ def test_a_renamed_argument_of_the_model_is_an_error(model, batch, monkeypatch, 
     monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", later)
     with pytest.raises(TypeError, match="later_name"):
         model.generate(**batch, **GREEDY)
-
-
-WITHOUT_NAMES = """
-import importlib, sys, types
-import torch, transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
-
-hidden = {}
-for entry in sys.argv[3:]:
-    module, name = entry.rsplit(".", 1)
-    hidden.setdefault(module, set()).add(name)
-
-def without(module, names):
-    real = importlib.import_module("transformers." + module)
-    class Proxy(types.ModuleType):
-        def __getattr__(self, name):
-            if name in names:
-                raise AttributeError(name)
-            return getattr(real, name)
-    return Proxy(real.__name__)
-
-for module, names in hidden.items():
-    sys.modules["transformers." + module] = without(module, names)
-sys.path.insert(0, sys.argv[2])
-import draw_scene
-directory = sys.argv[1]
-model = AutoModelForImageTextToText.from_pretrained(directory, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(directory, trust_remote_code=True)
-scene = draw_scene.draw_scene(5, "wide")
-question, truth = scene.questions["describe"]
-content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question}]
-inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
-    tokenize=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs)
-assert processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True) == truth
-model.save_pretrained("saved")
-
-def fails(name, call):
-    try:
-        call()
-    except ImportError as error:
-        assert f"`transformers.{name}`" in str(error) and transformers.__version__ in str(error), error
-    else:
-        raise AssertionError(f"{name} was not missed")
-
-on_disk = {"model.norm.weight": torch.ones(128)}
-features = {
-    "models.mixtral.modeling_mixtral.load_balancing_loss_func": lambda: model(**inputs, output_router_logits=True),
-    "conversion_mapping.get_model_conversion_mapping": lambda: model.load_state_dict(on_disk),
-    "core_model_loading.rename_source_key": lambda: model.load_state_dict(on_disk),
-}
-for name in ("ALL_PARALLEL_STYLES", "TensorParallelLayer"):
-    features[f"distributed.tensor_parallel.{name}"] = lambda: AutoModelForImageTextToText.from_pretrained(
-        directory, trust_remote_code=True, tp_plan="auto")
-for entry in sys.argv[3:]:
-    if entry in features:
-        fails(entry, features[entry])
-if any(entry.startswith("integrations.moe") for entry in sys.argv[3:]):
-    assert model.config._experts_implementation == "eager"
-"""
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["models.mixtral.modeling_mixtral.load_balancing_loss_func", "conversion_mapping.get_model_conversion_mapping"],
-        ["core_model_loading.rename_source_key", "distributed.tensor_parallel.ALL_PARALLEL_STYLES"],
-        ["integrations.moe.grouped_mm_experts_forward", "integrations.finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS"],
-        ["distributed.tensor_parallel.TensorParallelLayer", "integrations.finegrained_fp8.FP8Linear"],
-        ["integrations.moe.ALL_EXPERTS_FUNCTIONS", "models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"],
-    ],
-)
-def test_a_private_name_that_is_gone_costs_its_feature_alone(names, tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    arguments = [str(ROOT / "checkpoints" / "step3-tiny"), str(ROOT / "scripts"), *names]
-    command = [sys.executable, "-c", WITHOUT_NAMES, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_quantised_weights_are_not_read_where_the_method_for_it_is_gone(monkeypatch):
-    monkeypatch.delattr(PreTrainedModel, "_load_pretrained_model")
-    small_model()
-    config = small_config()
-    config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(ImportError, match="quantised weights needs .*_load_pretrained_model"):
-        Step3VLForConditionalGeneration(config)
-
-
-def test_the_table_of_private_names_is_whole():
-    """Every name that is looked up stands in it, and every name in it is used."""
-    source = Path(ROOT / "checkpoint_step3.py").read_text()
-    table = [line for line in source.splitlines() if line.startswith("# | ")]
-    code = "".join((ROOT / f"{name}_step3.py").read_text() for name in ("checkpoint", "modeling", "processing"))
-    code = "\n".join(line for line in code.splitlines() if not line.startswith("# | "))
-    names = [name for line in table[1:] for name in line.split("|")[1].strip().rsplit(".", 1)[-1].split(", ")]
-    names = [name.split(".")[-1].split("*")[-1] for name in names if not name.startswith("-")]
-    assert len(names) >= 10 and all(name in code for name in names)

@@ -1,0 +1,360 @@
+"""Generation with Step3-VL: caches, prompts with pictures, and where an answer must end."""
+
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+
+import torch
+import transformers
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_step3 import Step3TextConfig, Step3VLConfig, cache_name
+
+
+logger = logging.get_logger(__name__)
+
+CACHE_NAME = cache_name()
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
+    """
+    The cache, whether it was given by its name or by the older one, `past_key_values`.
+
+    Raises:
+        `ValueError`: if it was given by both.
+        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
+    for name, value in (others or {}).items():
+        if isinstance(value, Cache):
+            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
+    if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
+
+
+@functools.cache
+def parameters_of(function: Callable) -> set[str]:
+    """The names of a function's parameters."""
+    return set(inspect.signature(function).parameters)
+
+
+class BoundedLayer(DynamicLayer):
+    """One layer's keys and values of the newest tokens. Those that were dropped still count as positions."""
+
+    num_dropped = 0
+
+    @property
+    def num_held(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.num_dropped + self.num_held
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.num_held + query_length, self.num_dropped
+
+    def reset(self) -> None:
+        super().reset()
+        self.num_dropped = 0
+
+
+class Step3BoundedCache(Cache):
+    """
+    A dynamic cache of at most `max_length` tokens. It can drop its oldest tokens while positions go on counting, so
+    that a long conversation goes on.
+
+    Args:
+        config ([`Step3VLConfig`] or [`Step3TextConfig`]): Config of the model.
+        max_length (`int`): Most tokens that it holds.
+        keep (`int`, *optional*):
+            Keep the newest `keep` tokens, and drop the others, whenever there is no room for new ones. Without it,
+            `generate` stops when the cache is full.
+
+    Raises:
+        `ValueError`: if `max_length` is below 1, or `keep` does not lie between 1 and `max_length - 1`.
+    """
+
+    def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int, keep: int | None = None):
+        if max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
+        if keep is not None and not 0 < keep < max_length:
+            raise ValueError(f"`keep` must lie between 1 and {max_length - 1}, below `max_length`, got {keep}.")
+        super().__init__(layers=[BoundedLayer() for _ in range(config.get_text_config().num_hidden_layers)])
+        self.max_length, self.keep = max_length, keep
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The position that it ends at, dropped tokens counted in; -1 if it makes room by itself."""
+        return -1 if self.keep is not None else self.layers[layer_idx or 0].num_dropped + self.max_length
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """
+        As in any cache.
+
+        Raises:
+            `ValueError`: if there is no such layer, or no room in it for all new tokens.
+        """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"`layer_idx` must lie between 0 and {len(self.layers) - 1}, got {layer_idx}.")
+        held, new = self.layers[layer_idx].num_held, key_states.shape[-2]
+        if held + new > self.max_length:
+            raise ValueError(f"{held} held and {new} new tokens are more than the cache's {self.max_length}.")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reclaim(self, num_tokens: int) -> None:
+        """
+        Keeps the newest `num_tokens`, or all if there are fewer, and frees the memory of the others.
+
+        Raises:
+            `ValueError`: if `num_tokens` is below 1.
+        """
+        if num_tokens < 1:
+            raise ValueError(f"At least 1 token must be kept, got {num_tokens}.")
+        for layer in self.layers:
+            if (num_dropped := layer.num_held - num_tokens) > 0:
+                layer.keys = layer.keys[..., num_dropped:, :].clone()
+                layer.values = layer.values[..., num_dropped:, :].clone()
+                layer.num_dropped += num_dropped
+
+    def make_room(self, num_tokens: int) -> None:
+        """Drops the oldest tokens if there is no room for `num_tokens` new ones and `keep` allows it."""
+        room = self.max_length - num_tokens
+        if self.keep is not None and 0 < room < self.layers[0].num_held:
+            self.reclaim(min(self.keep, room))
+
+
+class SuppressImageTokens(LogitsProcessor):
+    """
+    Makes image tokens impossible. transformers' own processor would take the place of a request's `suppress_tokens`,
+    and asks for a device, which is `meta` for a model whose first weight is offloaded.
+    """
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, self.image_token_id] = -torch.inf
+        return scores
+
+
+class CheckFinite(LogitsProcessor):
+    """Remembers whether all logits were finite, without waiting for the device. On a CPU it checks them at once."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.is_finite = model, True
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        self.is_finite = (scores < torch.inf).all() & self.is_finite  # NaN compares false
+        if scores.device.type == "cpu":
+            self.check()
+        return scores
+
+    def check(self) -> None:
+        """Raises a `RuntimeError` that names the weights that are not finite, if any logit was not."""
+        if self.is_finite:
+            return
+        weights = ((name, weight) for name, weight in self.model.named_parameters() if weight.device.type != "meta")
+        names = [name for name, weight in weights if not weight.to(torch.float32).isfinite().all()]
+        cause = f"there are NaN or infinite values in {', '.join(names[:5])}{', ...' * (len(names) > 5)}."
+        if not names:
+            cause = (
+                f"values overflow {self.model.dtype}, or are so in the inputs; "
+                "`transformers.debug_utils.DebugUnderflowOverflow(model)` shows in which layer."
+            )
+        raise RuntimeError(f"The logits are not finite: {cause}")
+
+
+class Step3GenerationMixin(GenerationMixin):
+    """
+    Generation for the models with a language-model head. A prompt's pictures are encoded once and put into its
+    embeddings, which `generate` repeats, cuts into chunks and continues row by row, as it does with tokens.
+    """
+
+    _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """
+        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it. No
+        image token is generated. An answer ends, with a warning, where the positions or the cache end.
+
+        Raises:
+            `ValueError`: if pictures do not fit the prompt, or the prompt leaves no room for a single token.
+            `RuntimeError`: if the logits are not finite.
+        """
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        processors = list(logits_processor or [])
+        if "image" in self.input_modalities:
+            input_ids = kwargs.get("input_ids") if inputs is None else inputs
+            pictures = {name: kwargs.pop(name, None) for name in self._picture_inputs}
+            kwargs |= self.embed_pictures(pictures, input_ids, cache, kwargs)
+            processors.append(SuppressImageTokens(self.config.image_token_id))
+        settings = generation_config or self.generation_config
+        check_finite = CheckFinite(self)
+        if not getattr(settings, "is_assistant", False):  # whose proposals its main model bounds and checks
+            generation_config, kwargs = self.bound_length(inputs, generation_config, cache, kwargs)
+            processors.append(check_finite)
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        output = super().generate(inputs, generation_config, LogitsProcessorList(processors), *args, **kwargs)
+        check_finite.check()
+        return output
+
+    def embed_pictures(
+        self, pictures: dict, input_ids: torch.LongTensor | None, cache: Cache | None, arguments: dict
+    ) -> dict[str, torch.Tensor]:
+        """
+        What stands for the `pictures` in the arguments of `generate`: `prompt_embeds` (batch, tokens so far,
+        hidden_size), the embeddings of the prompt with its pictures, and the same of an assistant, which sees them for
+        itself; or `inputs_embeds`, if the prompt is given so.
+
+        Raises:
+            `ValueError`: if the pictures fit neither all image tokens nor those that the cache does not hold.
+        """
+        if "prompt_embeds" in arguments:  # this is the assistant, or a model that assists itself
+            return {"prompt_embeds": arguments.get("assistant_prompt_embeds", arguments["prompt_embeds"])}
+        inputs_embeds, attention_mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
+        names = ("pixel_values", "image_embeds")
+        has_pictures = any(pictures[name] is not None for name in names) or bool(pictures["mm_encoder_outputs"])
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if not isinstance(given, torch.Tensor):
+            if has_pictures:
+                raise ValueError("Pictures need `input_ids` or `inputs_embeds` that hold their image tokens.")
+            return {}
+        # Tokens before the given ones, which may be the new ones alone; and how many of the given the cache holds.
+        before = attention_mask.shape[1] - given.shape[1] if getattr(attention_mask, "ndim", 0) == 2 else 0
+        cached = 0 if cache is None else max(int(cache.get_seq_length()) - before, 0)
+        if not has_pictures:
+            if given is input_ids and given.ndim == 2:
+                self.model.warn_of_image_tokens(input_ids[:, cached:])
+            return {}
+        if inputs_embeds is None:
+            self.config.text_config.check_token_ids(input_ids)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = self.model.get_image_token_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
+        is_new = torch.arange(mask.shape[1], device=mask.device) >= cached
+        if cached == 0 or (mask & is_new).any():
+            features, _ = self.model.collect_features(**pictures)
+            if features.shape[0] == (mask & is_new).sum():
+                mask = mask & is_new
+            self.model.check_image_tokens(mask, features)
+            embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), features.to(embeds.device, embeds.dtype))
+        if inputs_embeds is not None:
+            return {"inputs_embeds": embeds}
+        prompt = {"prompt_embeds": nn.functional.pad(embeds, (0, 0, before, 0))}
+        if (assistant := arguments.get("assistant_model")) is not None:
+            if "image" not in getattr(assistant, "input_modalities", ()):
+                raise ValueError("`assistant_model` must see pictures, too, if the prompt has any.")
+            own = assistant.embed_pictures(pictures, input_ids, cache, {"attention_mask": attention_mask})
+            prompt["assistant_prompt_embeds"] = own["prompt_embeds"]
+        return prompt
+
+    def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
+        """`generation_config` and `kwargs` for an answer that ends where the positions or the cache end."""
+        names = ("attention_mask", "inputs_embeds", "input_ids")
+        given = [kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)]
+        given = given or ([inputs] if isinstance(inputs, torch.Tensor) else [])
+        if not given or given[0].ndim < 2:
+            return generation_config, kwargs
+        length = num_positions = given[0].shape[1]
+        if given[0] is kwargs.get("attention_mask") and given[0].ndim == 2:  # padding takes no positions
+            num_positions = int(given[0].sum(-1).max())
+        models = [model for model in (self, kwargs.get("assistant_model")) if model is not None]
+        limits = [getattr(model.config.get_text_config(), "longest_sequence", None) for model in models]
+        rooms = [(limit - num_positions, f"the model's {limit} positions") for limit in limits if limit is not None]
+        if isinstance(cache, Cache) and (limit := cache.get_max_length()) > 0:
+            rooms.append((limit - length + 1, f"the cache's {limit} tokens"))  # the last token is not cached
+        room, owner = min(rooms, default=(None, None))
+        settings = generation_config or self.generation_config
+        wanted = kwargs.get("max_new_tokens", settings.max_new_tokens)
+        if wanted is None:
+            # 20 is what transformers generates if nothing is said.
+            wanted = (kwargs.get("max_length", settings.max_length) or length + 20) - length
+        if room is None or wanted <= room:
+            return generation_config, kwargs
+        if room < 1:
+            raise ValueError(f"The prompt has {num_positions} tokens, which leaves none of {owner} for an answer.")
+        logger.warning_once(f"At most {room} tokens are generated, not {wanted}: {owner} leave no room for more.")
+        if generation_config is None:
+            return None, {**kwargs, "max_new_tokens": room}
+        generation_config = deepcopy(generation_config)
+        generation_config.max_new_tokens = room
+        return generation_config, {name: value for name, value in kwargs.items() if name != "max_new_tokens"}
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        prompt_embeds: torch.Tensor | None = None,
+        assistant_prompt_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> dict:
+        """
+        As for any model; tokens of the prompt come as `prompt_embeds` if there are any. Outside `generate`, pictures
+        are passed on with the first tokens only.
+
+        Raises:
+            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
+        """
+        cache = one_cache(cache, past_key_values, kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
+        arguments = {
+            "next_sequence_length": next_sequence_length,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "is_first_iteration": is_first_iteration,
+            CACHE_NAME: cache,
+        }
+        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
+            raise TypeError(
+                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
+                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
+            )
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
+        unknown = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
+        unknown -= parameters_of(type(self).forward)
+        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
+        if unknown and missing:
+            raise TypeError(
+                f"transformers {transformers.__version__} passes {', '.join(sorted(unknown))} to a model that has no "
+                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
+            )
+        if prompt_embeds is not None and (input_ids := model_inputs["input_ids"]) is not None:
+            num_new = input_ids.shape[1]
+            if getattr(attention_mask, "ndim", 0) == 2:
+                before = attention_mask.shape[1] - num_new
+            else:
+                before = 0 if cache is None else int(cache.get_seq_length())
+            if before < prompt_embeds.shape[1]:
+                prompt = prompt_embeds[:, before : before + num_new]
+                others = self.get_input_embeddings()(input_ids[:, prompt.shape[1] :])
+                model_inputs |= {"input_ids": None, "inputs_embeds": torch.cat([prompt, others], 1)}
+        return model_inputs
