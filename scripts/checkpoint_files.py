@@ -38,7 +38,9 @@ logging = importlib.import_module("transformers.utils.logging")
 Step3TextConfig, Step3VLConfig = configuration.Step3TextConfig, configuration.Step3VLConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CODE_FILES = ("configuration_step3.py", "checkpoint_step3.py", "modeling_step3.py", "processing_step3.py")
+CODE_FILES = tuple(
+    f"{name}_step3.py" for name in ("configuration", "checkpoint", "generation", "modeling", "processing")
+)
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # The block-fp8 of the release: every matrix of the decoder layers but the router's, which is left alone as are
 # embeddings, head, norms and all of the vision tower and projector. docs/converting.md says what this rests on.

@@ -135,8 +135,9 @@ def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tenso
     return alone
 
 
-def make_fp8_checkpoint(directory: Path, *overrides: str) -> Path:
+def make_fp8_checkpoint(directory: Path, *overrides: str, block: tuple[int, int] = (128, 128)) -> Path:
     """A random checkpoint as the fp8 release has it, in several files; few of its sizes are multiples of 128."""
+    height, width = block
     from make_random_model import make_random_model
 
     overrides = ["hidden_size=200", "moe_intermediate_size=136", "initializer_range=0.05", *overrides]
@@ -147,9 +148,9 @@ def make_fp8_checkpoint(directory: Path, *overrides: str) -> Path:
         if not re.fullmatch(r"model\.layers\..*_proj\.weight", name):
             continue
         rows, columns = weight.shape[-2:]
-        blocks = torch.zeros(*weight.shape[:-2], -(-rows // 128) * 128, -(-columns // 128) * 128)
+        blocks = torch.zeros(*weight.shape[:-2], -(-rows // height) * height, -(-columns // width) * width)
         blocks[..., :rows, :columns] = weight.float()
-        blocks = blocks.unflatten(-1, (-1, 128)).unflatten(-3, (-1, 128))
+        blocks = blocks.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
         scale = blocks.abs().amax((-1, -3)) / torch.finfo(torch.float8_e4m3fn).max
         blocks = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
         quantised[name] = blocks[..., :rows, :columns].contiguous().to(torch.float8_e4m3fn)
@@ -169,7 +170,7 @@ def make_fp8_checkpoint(directory: Path, *overrides: str) -> Path:
     config["quantization_config"] = {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        "weight_block_size": list(block),
     }
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -177,11 +178,12 @@ def make_fp8_checkpoint(directory: Path, *overrides: str) -> Path:
 
 def dequantised(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What an fp8 checkpoint stands for, each element times the scale of its block."""
+    block = json.loads((directory / "config.json").read_text())["quantization_config"]["weight_block_size"]
     tensors = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
     plain = {name: tensor.to(dtype) for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
     for name, weight in tensors.items():
         if f"{name}_scale_inv" in tensors:
-            rows, columns = (torch.arange(size) // 128 for size in weight.shape[-2:])
+            rows, columns = (torch.arange(size) // side for size, side in zip(weight.shape[-2:], block))
             scale = tensors[f"{name}_scale_inv"][..., rows, :][..., columns]
             plain[name] = (weight.float() * scale).to(dtype)
     return plain

@@ -39,8 +39,9 @@ def logits(model) -> torch.Tensor:
         return model(IDS.to(model.device)).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fp8_is_dequantised_where_no_gpu_has_it(fp8, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "block"), [(torch.bfloat16, (128, 128)), (torch.float32, (64, 128))])
+def test_fp8_is_dequantised_where_no_gpu_has_it(tmp_path, dtype, block):
+    fp8 = make_fp8_checkpoint(tmp_path / "model", block=block)
     model = AutoModelForImageTextToText.from_pretrained(fp8, dtype=dtype)
     model.save_pretrained(tmp_path / "saved")
     assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), dequantised(fp8, dtype))

@@ -331,3 +331,20 @@ def test_saved_configs_read_in_the_serving_engines(moe_layers, tmp_path):
     again = Step3VLConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
     assert Step3TextConfig.from_pretrained(tmp_path).moe_layers == [1, 2]
+
+
+def test_an_adapter_brings_embeddings_that_were_resized(random_model_dir, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = Step3VLForConditionalGeneration.from_pretrained(random_model_dir)
+    tokens = model.config.vocab_size + 5
+    model.resize_token_embeddings(tokens)
+    assert model.config.vocab_size == model.config.text_config.vocab_size == tokens
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)).eval()
+    ids = torch.tensor([[11, 12, tokens - 1]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path)
+    again = Step3VLForConditionalGeneration.from_pretrained(random_model_dir)
+    again.resize_token_embeddings(tokens)
+    with torch.no_grad():
+        assert_close(peft.PeftModel.from_pretrained(again, tmp_path).eval()(ids).logits, expected)

@@ -1,0 +1,1 @@
+../../generation_step3.py
