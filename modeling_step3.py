@@ -69,6 +69,7 @@ from .configuration_step3 import (
     gathers_uneven_outputs,
     is_updated_by_attention,
     num_image_tokens,
+    set_on_package,
 )
 
 
@@ -1435,6 +1436,7 @@ for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):
     _model_class.register_for_auto_class("AutoModel")
 Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+set_on_package(__name__)
 
 
 __all__ = [
