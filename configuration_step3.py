@@ -99,7 +99,10 @@ STEP3_VL_AUTO_MAP = {
 
 
 def set_on_package(module_name: str):
-    """As `import` does and transformers' loader of remote code does not; without it, pickling copies whole classes."""
+    """
+    Makes a module an attribute of its package, as `import` does. transformers' loader of remote code does not, and
+    dill, which looks for classes there, would pickle them whole: `datasets.map` would hash them for minutes.
+    """
     package, _, name = module_name.rpartition(".")
     if package:
         setattr(importlib.import_module(package), name, sys.modules[module_name])

@@ -30,6 +30,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, image_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -307,10 +308,10 @@ def download(url: str, max_bytes: int) -> BytesIO:
         with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
             for chunk in response.raise_for_status().iter_bytes():
                 if file.tell() + len(chunk) > max_bytes:
-                    raise OSError(f"The picture at {url} has more than {max_bytes} bytes (`max_download_bytes`).")
+                    raise OSError(f"The file at {url[:80]!r} has more than {max_bytes} bytes (`max_download_bytes`).")
                 file.write(chunk)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise OSError(f"The picture at {url} cannot be fetched: {error}") from error
+        raise OSError(f"The picture at {url[:80]!r} cannot be fetched: {error}.") from error
     return file
 
 
@@ -393,7 +394,7 @@ class Step3VLImageProcessor(PilBackend):
     Args:
         size (`dict[str, int]`, defaults to `{"height": 728, "width": 728}`):
             Size of the global view in pixels; a square.
-        image_mean, image_std (`list[float]`): Per channel; those of CLIP.
+        image_mean, image_std (`float` or `list[float]`): Per channel; those of CLIP.
         do_convert_rgb, do_rescale, do_normalize (`bool`, defaults to `True`): Steps to take.
         rescale_factor (`float`, defaults to 1/255): What pixel values are multiplied by.
         resample (`PILImageResampling`, defaults to `BILINEAR`): `BILINEAR` or `BICUBIC`.
@@ -401,7 +402,7 @@ class Step3VLImageProcessor(PilBackend):
     and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a
     global view and of a patch, follow from them and are saved with them.
 
-    `max_download_bytes` is the size of the largest file that is fetched from a URL.
+    `max_download_bytes` (`int`, defaults to 128 MiB) limits the file that a URL leads to.
     """
 
     valid_kwargs = Step3VLImageProcessorKwargs
@@ -421,14 +422,14 @@ class Step3VLImageProcessor(PilBackend):
     do_normalize = True
     max_download_bytes = 2**27
 
-    # What was saved of the numbers of tokens is left aside, as they follow from the sizes.
-    def __init__(self, num_image_tokens=None, num_patch_tokens=None, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
+    # The saved numbers of tokens are ignored, as they follow from the sizes.
+    def __init__(self, *, num_image_tokens=None, num_patch_tokens=None, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     @property
     def num_image_tokens(self) -> int:
-        return self.num_tokens(self.size["height"])
+        return self.num_tokens(get_size_dict(self.size)["height"])
 
     @property
     def num_patch_tokens(self) -> int:
@@ -436,7 +437,7 @@ class Step3VLImageProcessor(PilBackend):
 
     def to_dict(self) -> dict:
         numbers = {"num_image_tokens": self.num_image_tokens, "num_patch_tokens": self.num_patch_tokens}
-        return {**super().to_dict(), **numbers}
+        return {**super().to_dict(), "size": get_size_dict(self.size), **numbers}
 
     def num_tokens(self, side: int) -> int:
         """Number of image tokens of a square of `side` pixels."""
@@ -473,11 +474,10 @@ class Step3VLImageProcessor(PilBackend):
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
         """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
-        size = kwargs.get("size") or self.size
         return plan_picture(
             width,
             height,
-            view_side=size["height"],
+            view_side=get_size_dict(kwargs.get("size") or self.size)["height"],
             patch_side=kwargs.get("patch_size") or self.patch_size,
             max_side=kwargs.get("max_image_size") or self.max_image_size,
         )
@@ -519,7 +519,7 @@ class Step3VLImageProcessor(PilBackend):
         image: ImageInput,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
-        image_mean: tuple[float, ...] | None = None,
+        image_mean: float | tuple[float, ...] | None = None,
         do_rescale: bool | None = None,
         **kwargs,
     ) -> Image.Image:
@@ -549,22 +549,24 @@ class Step3VLImageProcessor(PilBackend):
                 image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
             pixels = np.asarray(image)
             if pixels.ndim == 3:
-                # Where both ends could be channels, three are those of RGB; for the rest transformers decides.
+                # Three channels win over one and four where both ends could be channels; transformers decides the rest.
                 num_channels = 3 if 3 in pixels.shape[::2] else (1, 4)
                 layout = input_data_format or infer_channel_dimension_format(pixels, num_channels)
-                if layout == ChannelDimension.FIRST:
+                if ChannelDimension(layout) == ChannelDimension.FIRST:
                     pixels = np.moveaxis(pixels, 0, -1)
                 if pixels.shape[-1] == 1:
                     pixels = pixels[..., 0]
+                elif pixels.shape[-1] > 4:
+                    raise ValueError(f"A picture must have at most four channels, got {pixels.shape[-1]}.")
             elif pixels.ndim != 2:
                 raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
             if 0 in pixels.shape:
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
             is_unit = is_meant_as_unit(pixels, do_rescale)
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
-        wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
+        wants_rgb = do_convert_rgb and np.shape(image_mean) in ((), (3,))
         image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
-        if is_unit:  # then the picture is one of its own, not the caller's
+        if is_unit:  # of a picture made here, never of the caller's
             image.info[UNIT_RANGE] = True
         return image
 
@@ -577,8 +579,8 @@ class Step3VLImageProcessor(PilBackend):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
@@ -592,7 +594,7 @@ class Step3VLImageProcessor(PilBackend):
             elif image.info.get(UNIT_RANGE):
                 pixels.mul_(1 / 255)
             if do_normalize:
-                if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
+                if {np.shape(image_mean), np.shape(image_std)} - {(), (pixels.shape[1],)}:
                     raise ValueError(
                         f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} channels, "
                         f"got {image_mean} and {image_std}."
@@ -656,8 +658,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def normalise(conversation):
     """
-    A copy of the conversation, or of each of several, as templates take it: the arguments of past tool calls, which
-    OpenAI's clients give and send back as JSON, are mappings, and parts lack the keys that Arrow fills up with `None`.
+    A copy of the conversation, or of each of several, as templates take it: with the arguments of past tool calls,
+    which OpenAI's clients send as JSON, as mappings, and without the `None`s that Arrow adds to the parts of a message.
 
     Raises:
         `ValueError`: if arguments are strings and no JSON.
@@ -676,7 +678,7 @@ def normalise(conversation):
         if not isinstance(call.get("arguments"), str):
             return call
         try:
-            return {**call, "arguments": json.loads(call["arguments"])}
+            return {**call, "arguments": json.loads(call["arguments"] or "{}")}
         except json.JSONDecodeError as error:
             raise ValueError(f"The arguments of the tool call {call.get('name')!r} are no JSON: {error}.") from error
 
@@ -823,7 +825,7 @@ class Step3VLProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         image_processor = self.image_processor
-        side = (kwargs.get("size") or image_processor.size)["height"]
+        side = get_size_dict(kwargs.get("size") or image_processor.size)["height"]
         num_image_tokens = image_processor.num_tokens(side)
         num_patch_tokens = image_processor.num_tokens(kwargs.get("patch_size") or image_processor.patch_size)
         plans = [image_processor.plan(width, height, **kwargs) for height, width in image_sizes]

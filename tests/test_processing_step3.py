@@ -27,6 +27,7 @@ from step3_vl.processing_step3 import RESPONSE_TEMPLATE
 pytestmark = pytest.mark.releases
 
 
+RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
 
 
@@ -270,7 +271,7 @@ def test_another_size_is_saved(processor, tmp_path):
     assert again(text="<im_patch>", images=noise(100, 100))["pixel_values"].shape == (1, 3, 336, 336)
 
     # And so are sizes that are set later, by which serving engines count.
-    again.image_processor.size, again.image_processor.patch_size = {"height": 504, "width": 504}, 336
+    again.image_processor.size, again.image_processor.patch_size = 504, 336
     assert (again.image_processor.num_image_tokens, again.image_processor.num_patch_tokens) == (81, 36)
     again.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
@@ -396,6 +397,8 @@ def test_tools_and_reasoning_round_trip(processor):
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
     sent = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert written in processor.apply_chat_template([*question, sent])
+    call["function"]["arguments"] = ""
+    assert '<steptml:invoke name="get_weather"></steptml:invoke>' in processor.apply_chat_template([*question, sent])
 
 
 @pytest.mark.parametrize(
@@ -428,6 +431,8 @@ def test_what_the_fallback_template_cannot_write_is_refused(processor, message):
         ({"text": "<im_patch>", "images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
         ({"text": "<im_patch>", "images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
         ({"text": "<im_patch>", "images": noise(9, 9), "size": {"height": 28, "width": 56}}, "`size` must be a square"),
+        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "rows_first"}, "not a valid ChannelDimension"),
+        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "channels_first"}, "at most four channels"),
         ({}, "at least one input|got neither"),
     ],
 )
@@ -445,11 +450,16 @@ def test_a_tokenizer_without_the_tokens_is_refused(released, processor):
         Step3VLProcessor(released, bare)
 
 
-RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
-
-
 def pixels_of(picture, **kwargs) -> torch.Tensor:
     return Step3VLImageProcessor(**kwargs)(picture, return_tensors="pt")["pixel_values"]
+
+
+def test_one_mean_for_all_channels():
+    for image_mean, image_std in ((0.5, 0.25), (0.5, [0.25] * 3)):
+        assert torch.equal(
+            pixels_of(RAMP, image_mean=image_mean, image_std=image_std),
+            pixels_of(RAMP, image_mean=[0.5] * 3, image_std=[0.25] * 3),
+        )
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda floats: torch.from_numpy(floats).bfloat16()])
