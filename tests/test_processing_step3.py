@@ -273,6 +273,7 @@ def test_another_size_is_saved(processor, tmp_path):
     # And so are sizes that are set later, by which serving engines count.
     again.image_processor.size, again.image_processor.patch_size = 504, 336
     assert (again.image_processor.num_image_tokens, again.image_processor.num_patch_tokens) == (81, 36)
+    assert again._get_num_multimodal_tokens([(100, 100)])["num_image_tokens"] == [83]
     again.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
     assert (saved["num_image_tokens"], saved["num_patch_tokens"]) == (81, 36)
@@ -455,11 +456,10 @@ def pixels_of(picture, **kwargs) -> torch.Tensor:
 
 
 def test_one_mean_for_all_channels():
-    for image_mean, image_std in ((0.5, 0.25), (0.5, [0.25] * 3)):
-        assert torch.equal(
-            pixels_of(RAMP, image_mean=image_mean, image_std=image_std),
-            pixels_of(RAMP, image_mean=[0.5] * 3, image_std=[0.25] * 3),
-        )
+    for picture in (RAMP, RAMP[..., :1]):
+        expected = pixels_of(picture, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        for image_std in (0.25, [0.25] * 3):
+            assert torch.equal(pixels_of(picture, image_mean=0.5, image_std=image_std), expected)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda floats: torch.from_numpy(floats).bfloat16()])
@@ -560,6 +560,9 @@ def test_a_broken_picture_is_an_os_error(tmp_path, broken):
     sources = (str(tmp_path / "broken.png"), base64.b64encode(data).decode())
     for source in (*sources, f"{served(tmp_path)}/broken.png", f"{served(tmp_path)}/nothing.png"):
         with pytest.raises(OSError):
+            processor.fetch_images(source)
+    for source in ("http://127.0.0.1:port/picture.png", "nowhere/picture1", "data:image/png;base64,"):
+        with pytest.raises(OSError, match=f"{source}.* cannot be"):
             processor.fetch_images(source)
 
 
