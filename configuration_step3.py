@@ -18,7 +18,9 @@ its `config.json`, so that what is saved here also reads in the serving engines.
 rest of transformers looks for.
 """
 
+import importlib
 import inspect
+import sys
 from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
@@ -86,6 +88,16 @@ STEP3_VL_AUTO_MAP = {
     "AutoProcessor": "processing_step3.Step3VLProcessor",
     "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
 }
+
+
+def set_on_package(module_name: str):
+    """
+    Makes a module an attribute of its package, as `import` does. transformers' loader of remote code does not, and
+    dill, which looks for classes there, would pickle them whole: `datasets.map` would hash them for minutes.
+    """
+    package, _, name = module_name.rpartition(".")
+    if package:
+        setattr(importlib.import_module(package), name, sys.modules[module_name])
 
 
 def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
@@ -655,6 +667,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 
 for _config_class in (Step3VisionEncoderConfig, Step3TextConfig, Step3VLConfig):
     _config_class.register_for_auto_class()
+set_on_package(__name__)
 
 
 __all__ = ["Step3TextConfig", "Step3VLConfig", "Step3VisionEncoderConfig"]

@@ -66,6 +66,7 @@ from .configuration_step3 import (
     check_values,
     gathers_uneven_outputs,
     num_image_tokens,
+    set_on_package,
 )
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, one_cache
 
@@ -1280,6 +1281,7 @@ for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):
     _model_class.register_for_auto_class("AutoModel")
 Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+set_on_package(__name__)
 
 
 __all__ = [

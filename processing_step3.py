@@ -22,13 +22,15 @@ import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers import AutoTokenizer, image_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -42,7 +44,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
-from .configuration_step3 import num_image_tokens
+from .configuration_step3 import num_image_tokens, set_on_package
 
 
 logger = logging.get_logger(__name__)
@@ -277,7 +279,10 @@ def upright(image: Image.Image) -> Image.Image:
 
     Raises:
         `OSError`: if the picture itself cannot be read.
+        `ValueError`: if it or its file is closed.
     """
+    if getattr(image, "tile", None) and image.fp is None:
+        raise ValueError("The picture was closed before its pixels were read.")
     try:
         image.load()
     except BROKEN_FILE as error:
@@ -288,6 +293,26 @@ def upright(image: Image.Image) -> Image.Image:
         return image if is_upright else ImageOps.exif_transpose(image)
     except UNREADABLE_METADATA:
         return image
+
+
+def download(url: str, max_bytes: int) -> BytesIO:
+    """
+    The file at an HTTP address.
+
+    Raises:
+        `OSError`: if it cannot be fetched or has more than `max_bytes`.
+    """
+    httpx = image_utils.httpx  # what transformers itself fetches pictures with
+    file = BytesIO()
+    try:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
+            for chunk in response.raise_for_status().iter_bytes():
+                if file.tell() + len(chunk) > max_bytes:
+                    raise OSError(f"The file at {url[:80]!r} has more than {max_bytes} bytes (`max_download_bytes`).")
+                file.write(chunk)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OSError(f"The picture at {url[:80]!r} cannot be fetched: {error}.") from error
+    return file
 
 
 def is_unit_range(pixels: np.ndarray) -> bool:
@@ -369,13 +394,15 @@ class Step3VLImageProcessor(PilBackend):
     Args:
         size (`dict[str, int]`, defaults to `{"height": 728, "width": 728}`):
             Size of the global view in pixels; a square.
-        image_mean, image_std (`list[float]`): Per channel; those of CLIP.
+        image_mean, image_std (`float` or `list[float]`): Per channel; those of CLIP.
         do_convert_rgb, do_rescale, do_normalize (`bool`, defaults to `True`): Steps to take.
         rescale_factor (`float`, defaults to 1/255): What pixel values are multiplied by.
         resample (`PILImageResampling`, defaults to `BILINEAR`): `BILINEAR` or `BICUBIC`.
 
     and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a
     global view and of a patch, follow from them and are saved with them.
+
+    `max_download_bytes` (`int`, defaults to 128 MiB) limits the file that a URL leads to.
     """
 
     valid_kwargs = Step3VLImageProcessorKwargs
@@ -393,12 +420,24 @@ class Step3VLImageProcessor(PilBackend):
     do_resize = True
     do_rescale = True
     do_normalize = True
+    max_download_bytes = 2**27
 
-    def __init__(self, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
+    # The saved numbers of tokens are ignored, as they follow from the sizes.
+    def __init__(self, *, num_image_tokens=None, num_patch_tokens=None, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
-        self.num_image_tokens = self.num_tokens(self.size.height)
-        self.num_patch_tokens = self.num_tokens(self.patch_size)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.num_tokens(get_size_dict(self.size)["height"])
+
+    @property
+    def num_patch_tokens(self) -> int:
+        return self.num_tokens(self.patch_size)
+
+    def to_dict(self) -> dict:
+        numbers = {"num_image_tokens": self.num_image_tokens, "num_patch_tokens": self.num_patch_tokens}
+        return {**super().to_dict(), "size": get_size_dict(self.size), **numbers}
 
     def num_tokens(self, side: int) -> int:
         """Number of image tokens of a square of `side` pixels."""
@@ -435,11 +474,10 @@ class Step3VLImageProcessor(PilBackend):
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
         """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
-        size = kwargs.get("size") or self.size
         return plan_picture(
             width,
             height,
-            view_side=size["height"],
+            view_side=get_size_dict(kwargs.get("size") or self.size)["height"],
             patch_side=kwargs.get("patch_size") or self.patch_size,
             max_side=kwargs.get("max_image_size") or self.max_image_size,
         )
@@ -453,7 +491,7 @@ class Step3VLImageProcessor(PilBackend):
         Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are.
 
         Raises:
-            `OSError`: if one is not there or cannot be read.
+            `OSError`: if one is not there, cannot be read, or is at a URL and larger than `max_download_bytes`.
             `ValueError`: if a string is neither a URL nor a path nor base64.
         """
         source = image_url_or_urls
@@ -461,32 +499,27 @@ class Step3VLImageProcessor(PilBackend):
             return super().fetch_images(source)
         if isinstance(source, Path) or os.path.isfile(source):
             file = source
-        elif source.startswith(("http://", "https://")):
-            client = getattr(image_utils, "httpx", None)  # what transformers itself fetches pictures with
-            if client is None:
-                return super().fetch_images(source)
-            try:
-                file = BytesIO(client.get(source, follow_redirects=True, timeout=60).raise_for_status().content)
-            except client.HTTPError as error:
-                raise OSError(f"The picture at {source} cannot be fetched: {error}") from error
+        elif source[:8].lower().startswith(("http://", "https://")):
+            file = download(source, self.max_download_bytes)
         else:
-            is_told = source.startswith("data:image/")
+            is_data_url = source[:5].lower() == "data:"
             try:
-                file = BytesIO(base64.b64decode(source.partition(",")[2] if is_told else source, validate=not is_told))
+                data = unquote_to_bytes(source.partition(",")[2]) if is_data_url else source.encode()
+                file = BytesIO(base64.b64decode(b"".join(data.split()), validate=True))
             except ValueError as error:
                 raise ValueError(f"A picture must be a URL, a path or base64, got {source[:80]!r}: {error}.") from error
         try:
             with Image.open(file) as image:
                 return upright(image)
-        except BROKEN_FILE as error:
-            raise OSError(f"The picture cannot be read: {error}.") from error
+        except (UnidentifiedImageError, *BROKEN_FILE) as error:
+            raise OSError(f"The picture {str(source)[:80]!r} cannot be read: {error}.") from error
 
     def process_image(
         self,
         image: ImageInput,
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
-        image_mean: tuple[float, ...] | None = None,
+        image_mean: float | tuple[float, ...] | None = None,
         do_rescale: bool | None = None,
         **kwargs,
     ) -> Image.Image:
@@ -516,20 +549,25 @@ class Step3VLImageProcessor(PilBackend):
                 image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
             pixels = np.asarray(image)
             if pixels.ndim == 3:
-                layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
-                if layout == ChannelDimension.FIRST:
+                # Three channels win over one and four where both ends could be channels; transformers decides the rest.
+                num_channels = 3 if 3 in pixels.shape[::2] else (1, 4)
+                layout = input_data_format or infer_channel_dimension_format(pixels, num_channels)
+                if ChannelDimension(layout) == ChannelDimension.FIRST:
                     pixels = np.moveaxis(pixels, 0, -1)
                 if pixels.shape[-1] == 1:
                     pixels = pixels[..., 0]
+                elif pixels.shape[-1] > 4:
+                    raise ValueError(f"A picture must have at most four channels, got {pixels.shape[-1]}.")
             elif pixels.ndim != 2:
                 raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
             if 0 in pixels.shape:
                 raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
             is_unit = is_meant_as_unit(pixels, do_rescale)
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
-        wants_rgb = do_convert_rgb and (image_mean is None or len(image_mean) == 3)
+        wants_rgb = do_convert_rgb and np.shape(image_mean) in ((), (3,))
         image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
-        image.info[UNIT_RANGE] = is_unit
+        if is_unit:  # of a picture made here, never of the caller's
+            image.info[UNIT_RANGE] = True
         return image
 
     def _preprocess(
@@ -541,8 +579,8 @@ class Step3VLImageProcessor(PilBackend):
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
@@ -556,7 +594,7 @@ class Step3VLImageProcessor(PilBackend):
             elif image.info.get(UNIT_RANGE):
                 pixels.mul_(1 / 255)
             if do_normalize:
-                if {len(image_mean), len(image_std)} - {pixels.shape[1]}:
+                if {np.shape(image_mean), np.shape(image_std)} - {(), (pixels.shape[1],)}:
                     raise ValueError(
                         f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} channels, "
                         f"got {image_mean} and {image_std}."
@@ -618,18 +656,21 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def with_parsed_arguments(conversation):
+def normalise(conversation):
     """
-    The conversation, or each of several, in which the arguments of past tool calls are mappings, as templates take
-    them. OpenAI's clients give and send them back as JSON.
+    A copy of the conversation, or of each of several, as templates take it: with the arguments of past tool calls,
+    which OpenAI's clients send as JSON, as mappings, and without the `None`s that Arrow adds to the parts of a message.
 
     Raises:
-        `ValueError`: if they are strings and no JSON.
+        `ValueError`: if arguments are strings and no JSON.
     """
     if isinstance(conversation, (list, tuple)):
-        return [with_parsed_arguments(entry) for entry in conversation]
-    if not isinstance(conversation, dict) or not conversation.get("tool_calls"):
+        return [normalise(entry) for entry in conversation]
+    if not isinstance(conversation, dict):
         return conversation
+
+    def without_none(part):
+        return {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part
 
     def parsed(call: dict) -> dict:
         if isinstance(call.get("function"), dict):
@@ -637,11 +678,16 @@ def with_parsed_arguments(conversation):
         if not isinstance(call.get("arguments"), str):
             return call
         try:
-            return {**call, "arguments": json.loads(call["arguments"])}
+            return {**call, "arguments": json.loads(call["arguments"] or "{}")}
         except json.JSONDecodeError as error:
             raise ValueError(f"The arguments of the tool call {call.get('name')!r} are no JSON: {error}.") from error
 
-    return {**conversation, "tool_calls": [parsed(call) for call in conversation["tool_calls"]]}
+    message = dict(conversation)
+    if isinstance(message.get("content"), (list, tuple)):
+        message["content"] = [without_none(part) for part in message["content"]]
+    if message.get("tool_calls"):
+        message["tool_calls"] = [parsed(call) for call in message["tool_calls"]]
+    return message
 
 
 class Step3VLProcessorKwargs(ProcessingKwargs, total=False):
@@ -700,10 +746,10 @@ class Step3VLProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """
-        As for any processor; the arguments of past tool calls may be mappings or JSON. What the fallback template
-        cannot write is a `jinja2.TemplateError`.
+        As for any processor; the arguments of past tool calls may be mappings or JSON, and a part may hold keys that
+        are `None`. What the fallback template cannot write is a `jinja2.TemplateError`.
         """
-        return super().apply_chat_template(with_parsed_arguments(conversation), *args, **kwargs)
+        return super().apply_chat_template(normalise(conversation), *args, **kwargs)
 
     def parse_response(self, response, schema: dict | None = None, **kwargs):
         """As for any processor; reasoning and tool calls are found by their marks if the tokenizer does not say how."""
@@ -779,7 +825,7 @@ class Step3VLProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         image_processor = self.image_processor
-        side = (kwargs.get("size") or image_processor.size)["height"]
+        side = get_size_dict(kwargs.get("size") or image_processor.size)["height"]
         num_image_tokens = image_processor.num_tokens(side)
         num_patch_tokens = image_processor.num_tokens(kwargs.get("patch_size") or image_processor.patch_size)
         plans = [image_processor.plan(width, height, **kwargs) for height, width in image_sizes]
@@ -793,6 +839,7 @@ class Step3VLProcessor(ProcessorMixin):
 
 Step3VLImageProcessor.register_for_auto_class("AutoImageProcessor")
 Step3VLProcessor.register_for_auto_class("AutoProcessor")
+set_on_package(__name__)
 
 
 __all__ = ["Step3VLImageProcessor", "Step3VLProcessor"]

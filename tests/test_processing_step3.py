@@ -1,11 +1,14 @@
 import base64
 import functools
 import http.server
+import importlib
 import io
 import json
+import operator
 import threading
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from benchmark import plain_pixels
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.chat_parsing import ResponseParser
 
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
@@ -23,6 +27,7 @@ from step3_vl.processing_step3 import RESPONSE_TEMPLATE
 pytestmark = pytest.mark.releases
 
 
+RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
 
 
@@ -47,6 +52,42 @@ def served(folder: Path) -> str:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.parametrize(
+    ("size", "padded", "view", "window", "columns", "rows"),
+    [
+        # The shorter side below 32 and more than 4:1: padded.
+        ((125, 31), (125, 125), (125, 125), 0, 0, 0),
+        ((124, 31), (124, 31), (124, 31), 31, 4, 1),
+        ((192, 32), (192, 32), (192, 32), 32, 6, 1),
+        # Beyond 3024 pixels: scaled down.
+        ((3024, 1000), (3024, 1000), (3024, 1000), 504, 6, 2),
+        ((3025, 1000), (3025, 1000), (3024, 999), 504, 6, 2),
+        # Up to 728 pixels: cut if more than 3:2, which photographs have.
+        ((600, 400), (600, 400), (600, 400), 0, 0, 0),
+        ((601, 400), (601, 400), (601, 400), 400, 2, 1),
+        ((400, 600), (400, 600), (400, 600), 0, 0, 0),
+        ((728, 400), (728, 400), (728, 400), 400, 2, 1),
+        ((728, 728), (728, 728), (728, 728), 0, 0, 0),
+        # Beyond: windows of 504 pixels, or of the shorter side if more than 4:1.
+        ((729, 400), (729, 400), (729, 400), 504, 2, 1),
+        ((1200, 800), (1200, 800), (1200, 800), 504, 3, 2),
+        ((800, 200), (800, 200), (800, 200), 504, 2, 1),
+        ((801, 200), (801, 200), (801, 200), 200, 4, 1),
+        # A rest of more than 0.2 windows is another one, in floats: 6 / 5 - 1 is below 0.2, 11 / 5 - 2 above.
+        ((604, 1000), (604, 1000), (604, 1000), 504, 1, 2),
+        ((605, 1000), (605, 1000), (605, 1000), 504, 2, 2),
+        ((219, 100), (219, 100), (219, 100), 100, 2, 1),
+        ((220, 100), (220, 100), (220, 100), 100, 3, 1),
+    ],
+)
+def test_plans_where_a_rule_begins(released, size, padded, view, window, columns, rows):
+    plan = released.plan(*size)
+    assert (plan.padded_size, plan.view_size) == (padded, view)
+    assert (plan.window, plan.columns, plan.rows) == (window, columns, rows)
+    small = Step3VLImageProcessor(size={"height": 240, "width": 240}, patch_size=160)
+    assert [small.plan(side, 300).columns for side in (192, 193, 352)] == [1, 2, 3]
 
 
 def golden_picture(width, height) -> Image.Image:
@@ -141,7 +182,7 @@ def test_every_way_to_give_a_picture(tmp_path):
     expected = image_processor(picture, return_tensors="pt")["pixel_values"]
     path = tmp_path / "picture.png"
     path.write_bytes(png(picture))
-    encoded = base64.b64encode(png(picture)).decode()
+    encoded, lines = base64.b64encode(png(picture)).decode(), base64.encodebytes(png(picture)).decode()
 
     ways = {
         "array": pixels,
@@ -152,8 +193,12 @@ def test_every_way_to_give_a_picture(tmp_path):
         "path": str(path),
         "Path": path,
         "url": f"{served(tmp_path)}/picture.png",
+        "URL": f"{served(tmp_path)}/picture.png".replace("http", "HTTP"),
         "base64": encoded,
+        "base64 in lines": lines,
         "data url": f"data:image/png;base64,{encoded}",
+        "DATA URL in lines": f"DATA:image/png;base64,{lines}",
+        "quoted data url": f"data:image/png;base64,{quote(lines)}",
     }
     for way, given in ways.items():
         fetched = image_processor.fetch_images([[given]])
@@ -225,6 +270,15 @@ def test_another_size_is_saved(processor, tmp_path):
     assert ids.count(again.image_token_id) == 36
     assert again(text="<im_patch>", images=noise(100, 100))["pixel_values"].shape == (1, 3, 336, 336)
 
+    # And so are sizes that are set later, by which serving engines count.
+    again.image_processor.size, again.image_processor.patch_size = 504, 336
+    assert (again.image_processor.num_image_tokens, again.image_processor.num_patch_tokens) == (81, 36)
+    assert again._get_num_multimodal_tokens([(100, 100)])["num_image_tokens"] == [83]
+    again.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    assert (saved["num_image_tokens"], saved["num_patch_tokens"]) == (81, 36)
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor.to_dict() == again.image_processor.to_dict()
+
 
 @pytest.mark.parametrize("processor_config", [None, {"processor_class": "Step3VLProcessor"}])
 def test_a_released_directory_describes_no_image_processor(processor, tmp_path, processor_config):
@@ -258,6 +312,19 @@ def test_chat_template(processor, tmp_path):
         processor_kwargs={"padding": True},
     )
     assert encoded["pixel_values"].shape[0] == 1 and encoded["input_ids"].shape[0] == 2
+    # As Arrow gives it back, and untouched.
+    columns = dict.fromkeys(("image", "url", "path", "base64", "image_url", "text"))
+    filled = [
+        {**message, "tool_calls": None, "content": [{**columns, **part} for part in message["content"]]}
+        for message in messages
+        if isinstance(message["content"], list)
+    ]
+    content = filled[0]["content"]
+    told = processor.apply_chat_template(filled, tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(told["pixel_values"], encoded["pixel_values"])
+    assert processor.decode(told["input_ids"][0]).count("What?") == 1
+    assert filled[0]["content"] is content and content[0] == {**columns, "type": "image", "image": picture}
+
     # For the row with a picture the oldest supported transformers looks for the answer where it was before expansion.
     assistant_mask = torch.as_tensor(encoded["assistant_masks"][1]).bool()
     assert processor.decode(encoded["input_ids"][1, assistant_mask]) == "Noise.<|EOT|>"
@@ -331,6 +398,8 @@ def test_tools_and_reasoning_round_trip(processor):
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(arguments)}}
     sent = {"role": "assistant", "content": None, "tool_calls": [call]}
     assert written in processor.apply_chat_template([*question, sent])
+    call["function"]["arguments"] = ""
+    assert '<steptml:invoke name="get_weather"></steptml:invoke>' in processor.apply_chat_template([*question, sent])
 
 
 @pytest.mark.parametrize(
@@ -363,6 +432,8 @@ def test_what_the_fallback_template_cannot_write_is_refused(processor, message):
         ({"text": "<im_patch>", "images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
         ({"text": "<im_patch>", "images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
         ({"text": "<im_patch>", "images": noise(9, 9), "size": {"height": 28, "width": 56}}, "`size` must be a square"),
+        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "rows_first"}, "not a valid ChannelDimension"),
+        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "channels_first"}, "at most four channels"),
         ({}, "at least one input|got neither"),
     ],
 )
@@ -380,11 +451,15 @@ def test_a_tokenizer_without_the_tokens_is_refused(released, processor):
         Step3VLProcessor(released, bare)
 
 
-RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
-
-
 def pixels_of(picture, **kwargs) -> torch.Tensor:
     return Step3VLImageProcessor(**kwargs)(picture, return_tensors="pt")["pixel_values"]
+
+
+def test_one_mean_for_all_channels():
+    for picture in (RAMP, RAMP[..., :1]):
+        expected = pixels_of(picture, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+        for image_std in (0.25, [0.25] * 3):
+            assert torch.equal(pixels_of(picture, image_mean=0.5, image_std=image_std), expected)
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda floats: torch.from_numpy(floats).bfloat16()])
@@ -486,6 +561,9 @@ def test_a_broken_picture_is_an_os_error(tmp_path, broken):
     for source in (*sources, f"{served(tmp_path)}/broken.png", f"{served(tmp_path)}/nothing.png"):
         with pytest.raises(OSError):
             processor.fetch_images(source)
+    for source in ("http://127.0.0.1:port/picture.png", "nowhere/picture1", "data:image/png;base64,"):
+        with pytest.raises(OSError, match=f"{source}.* cannot be"):
+            processor.fetch_images(source)
 
 
 def test_a_name_of_no_picture_is_a_value_error():
@@ -509,4 +587,107 @@ def test_pictures_of_any_mode(mode):
         ),
     )()
     assert picture.mode == mode
+    before = (picture.mode, picture.size, picture.tobytes(), dict(picture.info))
     assert pixels_of(picture).isfinite().all() and pixels_of(picture).shape == (1, 3, 728, 728)
+    Step3VLImageProcessor()(picture, do_rescale=False, do_normalize=False, do_convert_rgb=False)
+    assert (picture.mode, picture.size, picture.tobytes(), dict(picture.info)) == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        # One end alone can be the channels.
+        ((9, 8, 3), (8, 9)),
+        ((3, 9, 8), (8, 9)),
+        ((9, 8, 1), (8, 9)),
+        ((1, 9, 8), (8, 9)),
+        ((4, 9, 8), (8, 9)),
+        # Three channels come before one and four.
+        ((1, 1, 3), (1, 1)),
+        ((1, 9, 3), (9, 1)),
+        ((4, 9, 3), (9, 4)),
+        ((3, 9, 1), (1, 9)),
+        ((3, 9, 4), (4, 9)),
+        # Else transformers takes the first, with a warning.
+        ((3, 1, 3), (3, 1)),
+        ((1, 9, 1), (1, 9)),
+        ((4, 9, 4), (4, 9)),
+    ],
+)
+def test_which_end_of_an_array_is_its_channels(shape, size):
+    assert Step3VLImageProcessor().process_image(np.zeros(shape, np.uint8)).size == size
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "tiff"])
+def test_a_closed_picture_is_a_value_error(tmp_path, form):
+    path = tmp_path / f"picture.{form}"
+    noise(9, 9).save(path)
+    with Image.open(path) as unread:
+        pass
+    with path.open("rb") as file:
+        without_file = Image.open(file)
+    closed = noise(9, 9)
+    closed.close()
+    for picture in (unread, without_file, closed):
+        with pytest.raises(ValueError, match="closed"):
+            Step3VLImageProcessor()(picture)
+    with Image.open(path) as read:
+        read.load()
+    removed = Image.open(path)
+    path.unlink()
+    assert torch.equal(pixels_of(removed), pixels_of(read))
+
+
+def test_a_file_at_a_url_has_a_largest_size(tmp_path):
+    size = (tmp_path / "picture.png").write_bytes(png(noise(90, 61)))
+    processor = Step3VLImageProcessor()
+    processor.max_download_bytes = size
+    processor.fetch_images(f"{served(tmp_path)}/picture.png")
+    processor.max_download_bytes = size - 1
+    with pytest.raises(OSError, match=f"more than {size - 1} bytes"):
+        processor.fetch_images(f"{served(tmp_path)}/picture.png")
+
+
+STEP3_TINY = Path(__file__).parents[1] / "checkpoints" / "step3-tiny"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "configuration_step3.Step3VLConfig",
+        "processing_step3.Step3VLProcessor",
+        "modeling_step3.Step3VLForConditionalGeneration",
+    ],
+)
+def test_classes_of_remote_code_are_found_by_name(name):
+    """As dill looks for them, which pickles all of a class that it does not find."""
+    loaded = get_class_from_dynamic_module(name, STEP3_TINY)
+    top, _, path = f"{loaded.__module__}.{loaded.__qualname__}".partition(".")
+    assert operator.attrgetter(path)(importlib.import_module(top)) is loaded
+
+
+def test_map_with_a_processor_of_remote_code():
+    datasets = pytest.importorskip("datasets", reason="the extra `finetune` is not installed")
+    processor_class = get_class_from_dynamic_module("processing_step3.Step3VLProcessor", STEP3_TINY)
+    processor = processor_class.from_pretrained(STEP3_TINY)
+    pictures = [noise(100, 100), noise(400, 200, seed=1)]
+
+    def prepare(row):
+        inputs = processor(text="<im_patch>", images=row["image"])
+        return {"patch_pixel_values": None, **inputs}  # not every picture has them
+
+    pixels = datasets.List(datasets.List(datasets.List(datasets.List(datasets.Value("float32")))))
+    ids = datasets.List(datasets.List(datasets.Value("int64")))
+    features = datasets.Features(
+        pixel_values=pixels,
+        patch_pixel_values=pixels,
+        num_patches=datasets.List(datasets.Value("int64")),
+        **dict.fromkeys(set(processor(text="a")), ids),
+    )
+    rows = datasets.Dataset.from_list([{"image": picture} for picture in pictures])
+    options = {"features": features, "remove_columns": ["image"], "writer_batch_size": 1}
+    mapped = rows.map(prepare, **options)
+    assert mapped._fingerprint == rows.map(prepare, **options)._fingerprint
+    expected = processor.image_processor(pictures, return_tensors="pt")
+    for name in ("pixel_values", "patch_pixel_values", "num_patches"):
+        assert torch.equal(torch.cat([torch.tensor(row[name]) for row in mapped if row[name]]), expected[name]), name
