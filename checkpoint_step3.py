@@ -11,8 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, experts one by one, in files and as
-modules, rewrites of a loaded model, and products of few rows.
+"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, and experts one by one, in files and
+as modules.
 """
 
 import math
@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from zipfile import is_zipfile
 
@@ -306,20 +306,6 @@ class Step3Checkpoint:
             )
         return requested_experts if is_linear else super().get_correct_experts_implementation(requested_experts)
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """
-        As for any model.
-
-        Raises:
-            `ValueError`: if `fusion_config` names rewrites that `fuse` makes of a loaded model.
-        """
-        ours = set(kwargs.get("fusion_config") or ()) & {rewrite.name for rewrite in REWRITES}
-        if ours:
-            names = ", ".join(repr(name) for name in sorted(ours))
-            raise ValueError(f"`fusion_config` is transformers' own; call `fuse({names})` on the loaded model instead.")
-        return super().from_pretrained(*args, **kwargs)
-
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
@@ -414,13 +400,8 @@ class Step3Checkpoint:
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
-        if assign and any(row["rewritten"] for row in self.fusion_report()):  # whole weights are to be put in place
-            applied = [(rewrite, m) for m in self.modules() for rewrite in REWRITES if rewrite.is_applied_to(m)]
+        if assign:  # which puts other weights in the place of those that are fused
             self.unfuse()
-            result = self.load_state_dict(state_dict, strict=strict, assign=True)
-            for rewrite, module in applied:
-                rewrite.apply(module)
-            return result
         if has_linear_experts(self):
             state_dict = read_all(unstack_experts(state_dict, self.config.get_text_config().moe_num_experts))
         own_names = self.state_dict().keys()
@@ -448,250 +429,3 @@ class Step3Checkpoint:
         for name, converter in to_convert.items():
             renamed.update(converter.convert(name, model=self, config=self.config))
         return super().load_state_dict(renamed, strict=strict, assign=assign)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Products of few rows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def obstacle_of(layer: nn.Module) -> str | None:
-    """What keeps a linear layer's weight from being used without calling the layer, or `None`."""
-    if not (type(layer) is nn.Linear or isinstance(layer, FusedLinear)) or getattr(layer, "bias", None) is not None:
-        return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
-    if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
-        return "has a weight that is split over ranks, quantised or offloaded"
-    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
-        return "has hooks, which would no longer be called"
-    return None
-
-
-def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Products of `states` (rows, inputs) with a `weight` (outputs, inputs), or of each row with that of its expert, one
-    of `experts` (rows,), in a `weight` (experts, outputs, inputs). They are written as sums, of which the compiler
-    makes kernels that read weights where they are. Returns (rows, outputs), in float32 at least.
-
-    On a CPU memory is read fastest in several streams, so four parts of the outputs go together. Within them, rows take
-    turns after 128 outputs each, whose weights the processor's cache still has for the next row of the same expert, if
-    the rows are sorted by it. Sums are taken in pieces, as the compiler halves the speed of those of more than 4,096.
-    """
-    states = states.to(torch.promote_types(states.dtype, torch.float32))
-    if experts is None:
-        weight, experts = weight[None], slice(None)
-    if weight.device.type != "cpu":
-        return (weight[experts] * states.unsqueeze(1)).sum(-1)
-    num_outputs, num_inputs = weight.shape[1:]
-    pieces = next((n for n in range(1, 65) if num_inputs % n == 0 and num_inputs <= 4096 * n), 1)
-    states = states.unflatten(-1, (pieces, -1)).unsqueeze(1)
-    blocks = weight.unflatten(-1, (pieces, -1)).unflatten(1, (-1, math.gcd(num_outputs, 128))).transpose(0, 1)
-    parts = blocks.split(max(len(blocks) // 4, 1))
-    sums = torch.cat([(part[:, experts] * states).sum(-1).sum(-1) for part in parts])
-    return sums.transpose(0, 1).flatten(1)
-
-
-def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """What a linear layer makes of `states` (..., inputs). A single row that is compiled for a CPU takes sums, which
-    read the weight at twice the speed of the product that the layer would call."""
-    is_single = states.device.type == "cpu" and states.numel() == states.shape[-1]
-    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if not (is_single and is_compiled) or obstacle_of(layer) is not None or layer.weight.dtype != states.dtype:
-        return layer(states)
-    return sum_products(layer.weight, states.flatten(0, -2)).to(states.dtype).view(*states.shape[:-1], -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewrites of a loaded model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rewrite:
-    """
-    Makes one linear layer of several that have the same input.
-
-    Args:
-        name (`str`): What [`~Step3Rewritable.fuse`] calls it.
-        class_name (`str`): The class of the modules that it matches.
-        sources (`tuple[str, ...]`): Their linear layers that are put on top of each other, in this order.
-        target (`str`): The layer that is made of them.
-    """
-
-    name: str
-    class_name: str
-    sources: tuple[str, ...]
-    target: str
-
-    def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ == self.class_name
-
-    def is_applied_to(self, module: nn.Module) -> bool:
-        return self.matches(module) and self.target in module._modules
-
-    def obstacle(self, module: nn.Module) -> str | None:
-        """Why a module that is matched cannot be rewritten, or `None` if it can."""
-        for source in self.sources:
-            if (obstacle := obstacle_of(getattr(module, source))) is not None:
-                return f"`{source}` {obstacle}"
-        weights = [getattr(module, source).weight for source in self.sources]
-        if len({(weight.dtype, weight.device, weight.requires_grad) for weight in weights}) > 1:
-            return "the weights have several types or devices, or some are frozen and some are not"
-        return None
-
-    @torch.no_grad()
-    def apply(self, module: nn.Module) -> None:
-        layers = [getattr(module, source) for source in self.sources]
-        weight = torch.cat([layer.weight for layer in layers])
-        fused = FusedLinear(nn.Parameter(weight, requires_grad=layers[0].weight.requires_grad)).train(module.training)
-        start = 0
-        for layer in layers:
-            del layer.weight
-            layer.__class__ = RowsOfLinear
-            layer.__dict__.update(fused=fused, start=start)
-            start += layer.out_features
-        module.add_module(self.target, fused)
-
-    @torch.no_grad()
-    def undo(self, module: nn.Module, layers: Iterable[nn.Module]) -> None:
-        fused = module._modules.pop(self.target)
-        for layer in layers:
-            weight = nn.Parameter(layer.weight.clone(), requires_grad=fused.weight.requires_grad)
-            if fused.weight.grad is not None:
-                weight.grad = fused.weight.grad[layer.rows].clone()
-            del layer.__dict__["fused"], layer.__dict__["start"]
-            layer.__class__ = nn.Linear
-            layer.weight = weight
-
-
-class FusedLinear(nn.Module):
-    """What a [`Rewrite`] makes. State dicts know its rows by the names of the layers that they came from. It is none of
-    torch's own linear layers, which adapters and quantisers look for: those find the layers that it is made of."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(input, self.weight)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        pass
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        pass
-
-
-class RowsOfLinear(nn.Linear):
-    """A layer whose weight is some rows, from `start`, of a [`FusedLinear`]."""
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.start + self.out_features)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return self.fused.weight[self.rows]
-
-    def _no_hooks(self, *args, **kwargs):
-        raise RuntimeError("This layer is part of a fused one, and not called by itself: `unfuse` the model first.")
-
-    register_forward_hook = register_forward_pre_hook = register_full_backward_hook = _no_hooks
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
-
-    @torch.no_grad()
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
-            missing_keys.append(prefix + "weight")
-        elif weight.shape != self.weight.shape:
-            error_msgs.append(
-                f"size mismatch for {prefix}weight: copying a param with shape {weight.shape} from checkpoint, the "
-                f"shape in current model is {self.weight.shape}."
-            )
-        else:
-            self.weight.copy_(weight)
-
-
-# Applied in this order.
-REWRITES = (
-    Rewrite("step3_qkv", "Step3TextAttention", ("q_proj", "k_proj", "v_proj"), "q_k_v_proj"),
-    Rewrite("step3_gate_up", "Step3TextMLP", ("gate_proj", "up_proj"), "gate_up_proj"),
-)
-
-
-class Rewritable(nn.Module):
-    """A module that a [`Rewrite`] matches. If one of its layers is replaced, say by an adapter, it is undone."""
-
-    def project(self, hidden_states: torch.Tensor, rewrite: Rewrite) -> tuple[torch.Tensor, ...]:
-        """What each of the rewrite's layers makes of `hidden_states`."""
-        layers = [getattr(self, source) for source in rewrite.sources]
-        fused = self._modules.get(rewrite.target)
-        if fused is None:
-            return tuple(apply_linear(layer, hidden_states) for layer in layers)
-        return apply_linear(fused, hidden_states).split([layer.out_features for layer in layers], dim=-1)
-
-    def __setattr__(self, name: str, value):
-        for rewrite in REWRITES:
-            if name in rewrite.sources and rewrite.is_applied_to(self):
-                rewrite.undo(self, [self._modules[source] for source in rewrite.sources])
-        super().__setattr__(name, value)
-
-
-class Step3Rewritable:
-    """Mixin of the models: rewrites of a loaded one."""
-
-    def fuse(self, *names: str) -> None:
-        """
-        Rewrites the loaded model in place, module by module: `"step3_qkv"` makes one layer of the projections to
-        low-rank queries, keys and values, `"step3_gate_up"` of the gate and up projections of each MLP. Answers are
-        equal but for rounding. State dicts, and so what is saved, keep the names and shapes that they had.
-
-        Raises:
-            `ValueError`: if a name is unknown, given twice or already applied, two match the same layers, or a module
-            is quantised, offloaded, split over ranks or has hooks. The model is then as it was.
-        """
-        known = {rewrite.name: rewrite for rewrite in REWRITES}
-        if not names or set(names) - known.keys() or len(set(names)) < len(names):
-            raise ValueError(f"`fuse` takes some of {', '.join(known)}, each once, got {names}.")
-        planned, claimed = [], {}
-        for name, module in self.named_modules():
-            for rewrite in (rewrite for rewrite in REWRITES if rewrite.name in names and rewrite.matches(module)):
-                if rewrite.is_applied_to(module):
-                    raise ValueError(f"`{rewrite.name}` is applied to {name} already.")
-                for source in rewrite.sources:
-                    if (other := claimed.setdefault((name, source), rewrite.name)) != rewrite.name:
-                        raise ValueError(f"`{other}` and `{rewrite.name}` both rewrite {name}.{source}.")
-                if (obstacle := rewrite.obstacle(module)) is not None:
-                    raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
-                planned.append((rewrite, module))
-        if missing := [name for name in names if name not in {rewrite.name for rewrite, _ in planned}]:
-            raise ValueError(f"{', '.join(missing)}: nothing in this {type(self).__name__} is rewritten by that.")
-        for rewrite, module in planned:
-            rewrite.apply(module)
-
-    def unfuse(self) -> None:
-        """Undoes every rewrite."""
-        for module in self.modules():
-            for rewrite in REWRITES:
-                if rewrite.is_applied_to(module):
-                    rewrite.undo(module, [module._modules[source] for source in rewrite.sources])
-
-    def fusion_report(self) -> list[dict[str, str | bool]]:
-        """
-        What each rewrite matches in this model, a row for each module: `fusion`, the `module`'s name, its `class`,
-        whether it is `rewritten`, and the `layers` that it makes into one.
-        """
-        return [
-            {
-                "fusion": rewrite.name,
-                "module": name,
-                "class": type(module).__name__,
-                "rewritten": rewrite.is_applied_to(module),
-                "layers": f"{', '.join(rewrite.sources)} -> {rewrite.target}",
-            }
-            for rewrite in REWRITES
-            for name, module in self.named_modules()
-            if rewrite.matches(module)
-        ]

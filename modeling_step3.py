@@ -18,7 +18,7 @@ language-model heads with what generation asks of them, and how a model is split
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -49,15 +49,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_step3 import (
-    REWRITES,
-    LinearExperts,
-    Rewritable,
-    Step3Checkpoint,
-    Step3Rewritable,
-    apply_linear,
-    sum_products,
-)
+from .checkpoint_step3 import LinearExperts, Step3Checkpoint
 from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
@@ -81,7 +73,204 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
 
 logger = logging.get_logger(__name__)
 
-FUSE_QKV, FUSE_GATE_UP = REWRITES
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear layers: compiled for few rows on a CPU, and several as one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def obstacle_of(layer: nn.Module) -> str | None:
+    """What keeps a linear layer's weight from being used without calling the layer, or `None`."""
+    if type(layer) is not nn.Linear or layer.bias is not None:
+        return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
+    if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
+        return "has a weight that is split over ranks, quantised or offloaded"
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        return "has hooks, which would no longer be called"
+    return None
+
+
+def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Products of `states` (rows, inputs) with a `weight` (outputs, inputs), or of each row with that of its expert, one
+    of `experts` (rows,), in a `weight` (experts, outputs, inputs). They are written as sums, of which the compiler
+    makes kernels that read weights without a copy. Returns (rows, outputs), in float32 at least.
+
+    A CPU reads memory fastest in several streams, so four parts of the outputs are computed together. Each part
+    processes 128 output rows at a time, so that rows of `states` that are sorted by expert find its weights in the
+    cache. Sums are taken in pieces, as the compiler halves the speed of those of more than 4,096 numbers.
+    """
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    if experts is None:
+        weight, experts = weight[None], slice(None)
+    if weight.device.type != "cpu":
+        return (weight[experts] * states.unsqueeze(1)).sum(-1)
+    num_outputs, num_inputs = weight.shape[1:]
+    pieces = next((n for n in range(1, 65) if num_inputs % n == 0 and num_inputs <= 4096 * n), 1)
+    states = states.unflatten(-1, (pieces, -1)).unsqueeze(1)
+    blocks = weight.unflatten(-1, (pieces, -1)).unflatten(1, (-1, math.gcd(num_outputs, 128))).transpose(0, 1)
+    parts = blocks.split(max(len(blocks) // 4, 1))
+    sums = torch.cat([(part[:, experts] * states).sum(-1).sum(-1) for part in parts])
+    return sums.transpose(0, 1).flatten(1)
+
+
+def multiply(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`nn.functional.linear`; but a single row that is compiled for a CPU takes `sum_products`, which reads the weight
+    at twice the speed."""
+    is_single = states.device.type == "cpu" and states.numel() == states.shape[-1]
+    is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if not (is_single and is_compiled) or weight.dtype != states.dtype:
+        return nn.functional.linear(states, weight)
+    return sum_products(weight, states.flatten(0, -2)).to(states.dtype).view(*states.shape[:-1], -1)
+
+
+def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """A linear layer's output for `states` (..., inputs), by `multiply` where the layer need not be called."""
+    if not torch.compiler.is_compiling() or obstacle_of(layer) is not None:
+        return layer(states)
+    return multiply(layer.weight, states)
+
+
+class FusedWeight:
+    """The weights of linear layers one below the other, (all outputs, inputs). The layers' own weights become views of
+    it, so that they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
+
+    @torch.no_grad()
+    def __init__(self, layers: list[nn.Linear]):
+        self.sizes = [layer.out_features for layer in layers]
+        self.parts = [layer.weight for layer in layers]
+        self.weight = torch.cat(self.parts)
+        for part, rows in zip(self.parts, self.weight.split(self.sizes), strict=True):
+            part.data = rows
+
+    def is_current(self, layers: list[nn.Module]) -> bool:
+        """Whether the layers still have the weights that were fused, and can do without being called."""
+        if any(obstacle_of(x) or x.weight is not part for x, part in zip(layers, self.parts, strict=True)):
+            return False
+        return torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr()
+
+    def __deepcopy__(self, memo) -> None:
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+class Fusible(nn.Module):
+    """A module with linear layers that have the same input, which [`~Rewritable.fuse`] computes as one."""
+
+    fused: FusedWeight | None = None
+    fusible: tuple[str, ...] = ()
+
+    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs of the layers that are named in `fusible`. Gradients are those of the layers one by one."""
+        layers = [getattr(self, name) for name in self.fusible]
+        if self.fused is None or torch.is_grad_enabled() or not self.fused.is_current(layers):
+            return tuple(apply_linear(layer, states) for layer in layers)
+        return multiply(self.fused.weight, states).split(self.fused.sizes, dim=-1)
+
+    def fuse_layers(self) -> None:
+        self.fused = FusedWeight([getattr(self, name) for name in self.fusible])
+
+    @torch.no_grad()
+    def unfuse_layers(self) -> None:
+        for part in self.fused.parts:
+            part.data = part.data.clone()
+        self.fused = None
+
+    def obstacle(self) -> str | None:
+        """Why its layers cannot be fused, or `None` if they can."""
+        layers = {name: getattr(self, name) for name in self.fusible}
+        for name, layer in layers.items():
+            if (obstacle := obstacle_of(layer)) is not None:
+                return f"`{name}` {obstacle}"
+        if len({(layer.weight.dtype, layer.weight.device) for layer in layers.values()}) > 1:
+            return "the weights have several types or devices"
+        return None
+
+    def _apply(self, fn, recurse=True):  # what `to`, `half` and the like call
+        super()._apply(fn, recurse)
+        if self.fused is not None:
+            self.fuse_layers()
+        return self
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """
+    A way to compute some modules of a loaded model faster; `register_rewrite` makes it known to [`~Rewritable.fuse`].
+
+    Args:
+        name (`str`): Its name.
+        match (`Callable[[nn.Module], bool]`): Whether it is meant for a module.
+        obstacle (`Callable[[nn.Module], str | None]`): Why a module that it is meant for cannot be rewritten, if so.
+        apply, undo (`Callable[[nn.Module], None]`): Rewrite the module in place, and take that back.
+        is_applied (`Callable[[nn.Module], bool]`): Whether the module is rewritten.
+        benefit (`float`, defaults to 1.0): Rewrites of greater benefit are applied first.
+    """
+
+    name: str
+    match: Callable[[nn.Module], bool]
+    obstacle: Callable[[nn.Module], str | None]
+    apply: Callable[[nn.Module], None]
+    undo: Callable[[nn.Module], None]
+    is_applied: Callable[[nn.Module], bool]
+    benefit: float = 1.0
+
+
+REWRITES: dict[str, Rewrite] = {}
+
+
+def register_rewrite(rewrite: Rewrite) -> None:
+    REWRITES[rewrite.name] = rewrite
+
+
+class Rewritable:
+    """Mixin of the models: rewrites of a loaded one."""
+
+    def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
+        """The rewrites, the most beneficial first, each with the modules that it matches and their names."""
+        rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
+        return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
+
+    def fuse(self, *names: str) -> None:
+        """
+        Rewrites the loaded model in place, until nothing is left to rewrite. `"step3_qkv"` computes the projections to
+        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both where
+        there are no gradients. Answers are equal but for rounding. Parameters, and so what is saved, stay as they were.
+
+        Raises:
+            `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
+            or has hooks. The model is then as it was.
+        """
+        if not names or set(names) - REWRITES.keys():
+            raise ValueError(f"`fuse` takes some of {', '.join(REWRITES)}, got {names}.")
+        if unused := set(names) - {rewrite.name for rewrite, _, _ in self.find_rewrites(names)}:
+            raise ValueError(f"Nothing in this {type(self).__name__} is rewritten by {', '.join(sorted(unused))}.")
+        done = []
+        while rest := [(r, name, x) for r, name, x in self.find_rewrites(names) if not r.is_applied(x)]:
+            for rewrite, name, module in rest:
+                if (obstacle := rewrite.obstacle(module)) is not None:
+                    for earlier, rewritten in reversed(done):
+                        earlier.undo(rewritten)
+                    raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
+                rewrite.apply(module)
+                done.append((rewrite, module))
+                logger.info(f"{rewrite.name}: {name} is rewritten.")
+
+    def unfuse(self) -> None:
+        """Undoes every rewrite, the most beneficial last."""
+        for rewrite, _, module in reversed(self.find_rewrites()):
+            if rewrite.is_applied(module):
+                rewrite.undo(module)
+
+    def fusion_report(self) -> list[dict[str, str | bool]]:
+        """What each rewrite matches in this model, a row for each module: `fusion`, the `module`'s name, its `class`,
+        and whether it is `rewritten`."""
+        return [
+            {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
+            for r, name, x in self.find_rewrites()
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,11 +362,13 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
     return shared_attention
 
 
-class Step3TextAttention(Rewritable):
+class Step3TextAttention(Fusible):
     """
     Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): queries of low rank, which `wq` raises to
     many wide heads, over a single key/value head.
     """
+
+    fusible = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: Step3TextConfig, layer_idx: int):
         super().__init__()
@@ -204,7 +395,7 @@ class Step3TextAttention(Rewritable):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        low_rank_states, key_states, value_states = self.project(hidden_states, FUSE_QKV)
+        low_rank_states, key_states, value_states = self.project(hidden_states)
         query_states = apply_linear(self.wq, self.inter_norm(low_rank_states)).view(hidden_shape).transpose(1, 2)
         key_states = key_states.view(hidden_shape).transpose(1, 2)
         value_states = value_states.view(hidden_shape).transpose(1, 2)
@@ -231,8 +422,10 @@ class Step3TextAttention(Rewritable):
         return apply_linear(self.o_proj, attn_output.reshape(*input_shape, -1)), attn_weights
 
 
-class Step3TextMLP(Rewritable):
+class Step3TextMLP(Fusible):
     """Gated MLP: a dense layer's, and a mixture's shared expert."""
+
+    fusible = ("gate_proj", "up_proj")
 
     def __init__(self, config: Step3TextConfig, intermediate_size: int):
         super().__init__()
@@ -242,8 +435,21 @@ class Step3TextMLP(Rewritable):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.project(hidden_states, FUSE_GATE_UP)
+        gate, up = self.project(hidden_states)
         return apply_linear(self.down_proj, self.act_fn(gate) * up)
+
+
+for _name, _class in (("step3_qkv", Step3TextAttention), ("step3_gate_up", Step3TextMLP)):
+    register_rewrite(
+        Rewrite(
+            _name,
+            match=lambda module, fusible=_class: isinstance(module, fusible),
+            obstacle=Fusible.obstacle,
+            apply=Fusible.fuse_layers,
+            undo=Fusible.unfuse_layers,
+            is_applied=lambda module: module.fused is not None,
+        )
+    )
 
 
 class Step3TextTopKRouter(nn.Module):
@@ -400,7 +606,7 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         return residual + hidden_states
 
 
-class Step3VLPreTrainedModel(Step3Rewritable, Step3Checkpoint, PreTrainedModel):
+class Step3VLPreTrainedModel(Rewritable, Step3Checkpoint, PreTrainedModel):
     """What the Step3 models share: weight initialisation and what they support."""
 
     config: Step3VLConfig

@@ -20,7 +20,7 @@ from step3_vl import (
     Step3VLForConditionalGeneration,
     Step3VLModel,
 )
-from step3_vl.checkpoint_step3 import sum_products
+from step3_vl.modeling_step3 import sum_products
 
 
 GOLDENS = Path(__file__).parent / "goldens"
