@@ -21,20 +21,11 @@ rest of transformers looks for.
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
-from transformers.utils import is_torch_available
 from transformers.utils.type_validators import activation_fn_key, interval, probability
-
-
-if is_torch_available():  # configs are also read where there is none
-    import torch
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers.cache_utils import Cache
-    from transformers.utils import torch_compilable_check
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,33 +100,6 @@ def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
     return ((grid - 1) // 2 + 1) ** 2
 
 
-def check_values(condition: "torch.Tensor", message: str, got: Callable[[], str] | None = None) -> None:
-    """
-    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
-    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
-    """
-    if condition.device.type == "meta":
-        return
-    if got is None:
-        torch._assert_async(condition.all(), f"{message}.")
-    elif type(condition) is torch.Tensor:  # a fake tensor has no values
-        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
-
-
-def check_tensors(**arguments) -> None:
-    """Raises a `TypeError` for an argument, by its name, that is neither a tensor nor `None`."""
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor | None):
-            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
-
-
-def check_range(name: str, values: "torch.Tensor", limit: int) -> None:
-    """The same for `values` (batch, tokens) from 0 to below `limit`; a single token's are not waited for."""
-    message = f"`{name}` must lie between 0 and {limit - 1}"
-    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
-    check_values((values >= 0) & (values < limit), message, got)
-
-
 class Step3SavedWithCode:
     """Mixin of the configurations: a directory they are saved in names, for every Auto class, the code it carries."""
 
@@ -191,22 +155,6 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     layer_norm_eps: float = nonnegative(default=1e-5)
     attention_dropout: float | int = probability(default=0.0)
     initializer_range: float = nonnegative(default=0.02)
-
-    def check_pictures(self, pixel_values: "torch.Tensor") -> None:
-        """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
-        check_tensors(pixel_values=pixel_values)
-        num_channels, patch_size = self.num_channels, self.patch_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or pixel_values.shape[0] == 0:
-            raise ValueError(
-                f"Pictures must have the shape (images, {num_channels}, side, side), of one at least, got "
-                f"{tuple(pixel_values.shape)}."
-            )
-        height, width = pixel_values.shape[2:]
-        if height != width or height % patch_size or height == 0:
-            raise ValueError(
-                f"Pictures must be square with a side that is a multiple of {patch_size} pixels, got "
-                f"{tuple(pixel_values.shape)}."
-            )
 
     def validate_architecture(self):
         """Checks that heads and patches divide what they split."""
@@ -399,105 +347,6 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             return None
         original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embedding
         return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
-
-    def check_token_ids(self, input_ids: "torch.Tensor") -> None:
-        """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
-            raise ValueError(
-                "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
-                f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-            )
-        check_range("input_ids", input_ids, self.vocab_size)
-
-    def check_embeddings(self, inputs_embeds: "torch.Tensor") -> None:
-        """Raises a `ValueError` unless they have the shape (batch, tokens, hidden_size)."""
-        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` must have the shape (batch, tokens, {self.hidden_size}) with at least one token, got "
-                f"{tuple(inputs_embeds.shape)}."
-            )
-
-    def check_inputs(
-        self,
-        inputs_embeds: "torch.Tensor",
-        attention_mask: "torch.Tensor | dict[str, torch.Tensor] | BlockMask | None" = None,
-        position_ids: "torch.LongTensor | None" = None,
-        cache: "Cache | None" = None,
-    ) -> None:
-        """
-        Raises a `ValueError` before the cache is written to if an argument's shape does not fit the others or the
-        model, or there are more tokens than the cache or the positions allow. A single token's values are not waited
-        for.
-        """
-        self.check_embeddings(inputs_embeds)
-        batch_size, num_new, _ = inputs_embeds.shape
-        cached, room = 0, None
-        if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
-            if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
-                self.check_cache(cache, batch_size)
-            cached = cache.get_seq_length()
-            room = cache.get_max_length()
-        total = cached + num_new
-        for limit, owner, reason in (
-            (room, "the cache's", "the cache is full"),
-            # Given positions are checked themselves: rows may be packed.
-            (
-                self.longest_sequence if position_ids is None else None,
-                "`max_position_embedding`, scaling counted in,",
-                "all positions are taken",
-            ),
-        ):
-            if limit is None or limit < 0:
-                continue
-            if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
-                # Without the limit, which in a message would compile anew for each length.
-                check_values(total <= limit, f"There is no room for another token: {reason}")
-            elif total > limit:
-                raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
-
-        if position_ids is not None:
-            limit = self.longest_sequence or torch.iinfo(torch.int32).max
-            shape = tuple(position_ids.shape)
-            if len(shape) != 2 or (shape[0] != 1 and shape[0] != batch_size) or shape[1] != num_new:
-                raise ValueError(
-                    f"`position_ids` must have the shape ({batch_size}, {num_new}) of the tokens, got {shape}."
-                )
-            check_range("position_ids", position_ids, limit)
-
-        mask = attention_mask
-        if isinstance(mask, dict):
-            if "full_attention" not in mask:
-                raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
-            mask = mask["full_attention"]
-        if not isinstance(mask, BlockMask):
-            check_tensors(attention_mask=mask)
-        if isinstance(mask, torch.Tensor):
-            shape = tuple(mask.shape)
-            if mask.ndim == 2:
-                is_static = isinstance(cache, Cache) and cache.is_compileable
-                is_long_enough = shape[1] >= num_new if is_static else shape[1] == total
-                fits = shape[0] == batch_size and is_long_enough
-            else:
-                fits = mask.ndim == 4 and (shape[0] == 1 or shape[0] == batch_size) and shape[2] == num_new
-            if not fits:
-                raise ValueError(
-                    "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new "
-                    f"tokens, keys) for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
-                )
-
-    def check_cache(self, cache: "Cache", batch_size: int) -> None:
-        """Raises a `ValueError` if the cache holds keys of another model or another batch."""
-        filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-        filled = [layer for layer in filled if layer.keys.ndim == 4]
-        num_layers, head_dim = self.num_hidden_layers, self.head_dim
-        shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
-        lengths = {layer.keys.shape[2] for layer in filled}
-        if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
-            raise ValueError(
-                f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of "
-                f"{batch_size} and `head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) "
-                f"{sorted(shapes)} and {sorted(lengths)} tokens."
-            )
 
     def validate_architecture(self):
         """Checks that heads, experts and layer indices agree."""

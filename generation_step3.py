@@ -250,8 +250,6 @@ class Step3GenerationMixin(GenerationMixin):
             if given is input_ids and given.ndim == 2:
                 self.model.warn_of_image_tokens(input_ids[:, cached:])
             return {}
-        if inputs_embeds is None:
-            self.config.text_config.check_token_ids(input_ids)
         embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         mask = self.model.get_image_token_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
         is_new = torch.arange(mask.shape[1], device=mask.device) >= cached
@@ -259,8 +257,7 @@ class Step3GenerationMixin(GenerationMixin):
             features, _ = self.model.collect_features(**pictures)
             if features.shape[0] == (mask & is_new).sum():
                 mask = mask & is_new
-            self.model.check_image_tokens(mask, features)
-            embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), features.to(embeds.device, embeds.dtype))
+            embeds = self.model.insert_features(embeds, mask, features)
         if inputs_embeds is not None:
             return {"inputs_embeds": embeds}
         prompt = {"prompt_embeds": nn.functional.pad(embeds, (0, 0, before, 0))}

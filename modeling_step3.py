@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -54,10 +55,7 @@ from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
     Step3VLConfig,
-    check_tensors,
-    check_values,
     gathers_uneven_outputs,
-    num_image_tokens,
     set_on_package,
 )
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, one_cache
@@ -72,6 +70,129 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
 
 
 logger = logging.get_logger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of inputs: what would be a wrong answer, or a cache that is written to before torch finds the fault
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
+    """
+    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
+    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
+    """
+    if condition.device.type == "meta":
+        return
+    if got is None:
+        torch._assert_async(condition.all(), f"{message}.")
+    elif type(condition) is torch.Tensor:  # a fake tensor has no values
+        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
+
+
+def check_range(name: str, values: torch.Tensor, limit: int) -> None:
+    """Checks that `values` (batch, tokens) lie from 0 to below `limit`; for a single token without waiting."""
+    message = f"`{name}` must lie between 0 and {limit - 1}"
+    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
+    check_values((values >= 0) & (values < limit), message, got)
+
+
+def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
+    """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
+        raise ValueError(
+            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
+            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
+        )
+    check_range("input_ids", input_ids, config.vocab_size)
+
+
+def check_inputs(
+    config: Step3TextConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | BlockMask | None,
+    position_ids: torch.LongTensor | None,
+    cache: Cache | None,
+) -> None:
+    """
+    Raises a `ValueError`, before the cache is written to, if an argument's shape does not fit the others or the model,
+    or there are more tokens than the cache or the positions allow. A single token's values are not waited for.
+    """
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+    batch_size, num_new, _ = inputs_embeds.shape
+    cached, limits, is_static = 0, [], False
+    if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
+        cached, is_static = cache.get_seq_length(), cache.is_compileable
+        limits.append((cache.get_max_length(), "the cache's", "the cache is full"))
+        if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
+            check_cache(config, cache, batch_size)
+    if position_ids is None and config.longest_sequence is not None:
+        limits.append((config.longest_sequence, "`max_position_embedding`, scaling counted in,", "no position is left"))
+    total = cached + num_new
+    for limit, owner, reason in limits:
+        if limit < 0:  # none
+            continue
+        if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
+            # Without the limit, which in a message would compile anew for each length.
+            check_values(total <= limit, f"There is no room for another token: {reason}")
+        elif total > limit:
+            raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
+
+    if position_ids is not None:  # which count, not the tokens, as rows may be packed
+        shape = tuple(position_ids.shape)
+        if shape not in ((1, num_new), (batch_size, num_new)):
+            raise ValueError(f"`position_ids` must have the tokens' shape, ({batch_size}, {num_new}), got {shape}.")
+        check_range("position_ids", position_ids, config.longest_sequence or torch.iinfo(torch.int32).max)
+
+    mask = attention_mask
+    if isinstance(mask, dict):
+        if "full_attention" not in mask:
+            raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
+        mask = mask["full_attention"]
+    if not isinstance(mask, torch.Tensor):
+        return
+    shape = tuple(mask.shape)
+    if mask.ndim == 2:
+        fits = shape[0] == batch_size and (shape[1] >= num_new if is_static else shape[1] == total)
+    else:
+        fits = mask.ndim == 4 and shape[0] in (1, batch_size) and shape[2] == num_new
+    if not fits:
+        raise ValueError(
+            "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new tokens, keys) "
+            f"for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
+        )
+
+
+def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
+    """Raises a `ValueError` if the cache holds keys of another model or another batch."""
+    filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    filled = [layer for layer in filled if layer.keys.ndim == 4]
+    num_layers, head_dim = config.num_hidden_layers, config.head_dim
+    shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
+    lengths = {layer.keys.shape[2] for layer in filled}
+    if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
+        raise ValueError(
+            f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of {batch_size} and "
+            f"`head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) {sorted(shapes)} and "
+            f"{sorted(lengths)} tokens."
+        )
+
+
+def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
+    """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
+        raise ValueError(
+            f"Pictures must have the shape (images, {config.num_channels}, side, side), of one at least, got {shape}."
+        )
+    if shape[2] != shape[3] or shape[2] % config.patch_size:
+        raise ValueError(
+            f"Pictures must be square with a side that is a multiple of {config.patch_size} pixels, got {shape}."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -709,13 +830,12 @@ class Step3TextModel(Step3VLPreTrainedModel):
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
         if inputs_embeds is None:
-            self.config.check_token_ids(input_ids)
+            check_input_ids(self.config, input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         if isinstance(cache, Step3BoundedCache):
             cache.make_room(inputs_embeds.shape[1])
-        self.config.check_inputs(inputs_embeds, attention_mask, position_ids, cache)
+        check_inputs(self.config, inputs_embeds, attention_mask, position_ids, cache)
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0
@@ -904,7 +1024,7 @@ class Step3VisionModel(Step3VLPreTrainedModel):
             `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
             states and attentions also hold the four class rows in front.
         """
-        self.config.check_pictures(pixel_values)
+        check_pictures(self.config, pixel_values)
         hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states[:, self.embeddings.num_class_rows :])
 
@@ -965,10 +1085,6 @@ class Step3VLModel(Step3VLPreTrainedModel):
         self.language_model = Step3TextModel(text_config)
         self.post_init()
 
-    def num_image_tokens(self, side: int) -> int:
-        """Number of image tokens of a square picture of `side` pixels."""
-        return num_image_tokens(side, self.config.vision_config.patch_size, self.config.understand_projector_stride)
-
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
         grid_size = math.isqrt(hidden_states.shape[1])
@@ -986,8 +1102,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     ) -> tuple[torch.Tensor, BaseModelOutput]:
         """The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output; of as
         many at a time as `max_encoder_bytes` allows."""
-        self.config.vision_config.check_pictures(pixel_values)
         vision_config = self.config.vision_config
+        check_pictures(vision_config, pixel_values)
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
         num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
@@ -1000,45 +1116,6 @@ class Step3VLModel(Step3VLPreTrainedModel):
             rest = {name: tuple(map(torch.cat, zip(*values, strict=True))) for name, values in merged.items()}
             output = BaseModelOutput(**last, **rest)
         return self.project(output.last_hidden_state), output
-
-    def encode_pictures(
-        self,
-        pixel_values: torch.Tensor,
-        patch_pixel_values: torch.Tensor | None = None,
-        num_patches: torch.LongTensor | list[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """The features of all pictures (rows, hidden_size), and the encoder's output on the global views. Arguments
-        and errors are those of [`~Step3VLModel.get_image_features`]."""
-        image_features, vision_outputs = self.encode(pixel_values, **kwargs)
-        num_images, num_tokens, _ = image_features.shape
-        check_tensors(patch_pixel_values=patch_pixel_values)
-        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
-        if num_patches is None:
-            num_patches = [0] * num_images
-        if not isinstance(num_patches, torch.Tensor | list | tuple):
-            raise TypeError(f"`num_patches` must be a tensor or a list of numbers, got {type(num_patches).__name__}.")
-        num_patches = torch.as_tensor(num_patches, device=image_features.device)
-        torch_compilable_check(
-            (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
-            lambda: (
-                f"`num_patches` must have an entry for each of the {num_images} pictures of `pixel_values`, and they "
-                f"must add up to the {patches_given} patches of `patch_pixel_values`, got {num_patches.tolist()}."
-            ),
-        )
-        if patches_given == 0:
-            return image_features.flatten(0, 1), vision_outputs
-
-        patch_features, _ = self.encode(patch_pixel_values)
-        # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
-        images = torch.arange(num_images, device=num_patches.device)
-        image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
-        places = [
-            (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
-            (2 * images + 1).repeat_interleave(num_tokens),
-        ]
-        features = torch.cat([patch_features.flatten(0, 1), image_features.flatten(0, 1)])
-        return features[torch.cat(places).argsort(stable=True)], vision_outputs
 
     @can_return_tuple
     def get_image_features(
@@ -1058,21 +1135,44 @@ class Step3VLModel(Step3VLPreTrainedModel):
             num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): How many of them each picture has.
 
         Returns:
-            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first; the rest is
-            the encoder's on the global views.
+            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first, or, while
+            compiling, with those of all pictures; the rest is the encoder's on the global views.
 
         Raises:
             `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
         """
-        features, vision_outputs = self.encode_pictures(pixel_values, patch_pixel_values, num_patches, **kwargs)
-        rows = [self.num_image_tokens(pixel_values.shape[-1])] * pixel_values.shape[0]
-        if patch_pixel_values is not None:
-            patch_rows = self.num_image_tokens(patch_pixel_values.shape[-1])
-            counts = torch.as_tensor(num_patches).tolist()
-            rows = [count * patch_rows + image_rows for count, image_rows in zip(counts, rows, strict=True)]
+        image_features, vision_outputs = self.encode(pixel_values, **kwargs)
+        num_images, num_tokens, _ = image_features.shape
+        patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
+        num_patches = [0] * num_images if num_patches is None else num_patches
+        num_patches = torch.as_tensor(num_patches, device=image_features.device)
+        torch_compilable_check(
+            (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
+            lambda: (
+                f"`num_patches` must have an entry for each of the {num_images} pictures of `pixel_values`, and they "
+                f"must add up to the {patches_given} patches of `patch_pixel_values`, got {num_patches.tolist()}."
+            ),
+        )
+        features, rows = image_features.flatten(0, 1), num_tokens
+        if patches_given:
+            patch_features, _ = self.encode(patch_pixel_values)
+            # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
+            images = torch.arange(num_images, device=num_patches.device)
+            image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
+            places = [
+                (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
+                (2 * images + 1).repeat_interleave(num_tokens),
+            ]
+            features = torch.cat([patch_features.flatten(0, 1), features])
+            features = features[torch.cat(places).argsort(stable=True)]
+            rows = num_patches * patch_features.shape[1] + num_tokens
+        if torch.compiler.is_compiling():  # how many rows a picture has is not known
+            features = (features,)
+        else:
+            features = features.split(rows if isinstance(rows, int) else rows.tolist())
         return BaseModelOutputWithPooling(
             last_hidden_state=vision_outputs.last_hidden_state,
-            pooler_output=features.split(rows),
+            pooler_output=features,
             hidden_states=vision_outputs.hidden_states,
             attentions=vision_outputs.attentions,
         )
@@ -1097,9 +1197,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             )
         if pixel_values is None and patch_pixel_values is not None:
             raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
-        if pixel_values is not None and torch.compiler.is_compiling():  # how many rows a picture has is not known
-            image_embeds, _ = self.encode_pictures(pixel_values, patch_pixel_values, num_patches)
-        elif pixel_values is not None:
+        if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
         features = image_embeds if encoded is None else encoded.pooler_output
         if features is None:
@@ -1107,7 +1205,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         width = self.config.text_config.hidden_size
         features = [features] if isinstance(features, torch.Tensor) else features
         for part in features:
-            check_tensors(image_embeds=part)
+            if not isinstance(part, torch.Tensor):
+                raise TypeError(f"`image_embeds` must be a tensor or a flat tuple of them, got {type(part).__name__}.")
             if part.ndim < 2 or part.shape[-1] != width:
                 raise ValueError(f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(part.shape)}.")
         return torch.cat([part.reshape(-1, width) for part in features]), encoded
@@ -1130,23 +1229,16 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if is_first and (input_ids == self.config.image_token_id).any():
             logger.warning_once("The text has image tokens, but no pictures are given: their own embeddings are used.")
 
-    def check_image_tokens(self, image_token_mask: torch.BoolTensor, image_features: torch.Tensor) -> None:
-        """Raises a `ValueError` if there are not as many image tokens as rows of `image_features`."""
-        count, rows, token = image_token_mask.sum(), image_features.shape[0], self.config.image_token_id
+    def insert_features(
+        self, inputs_embeds: torch.Tensor, image_token_mask: torch.BoolTensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Embeddings (batch, tokens, hidden_size) with `features` (rows, hidden_size) where `image_token_mask` (batch,
+        tokens) is true. Raises a `ValueError` if there are not as many rows."""
+        count, rows, token = image_token_mask.sum(), features.shape[0], self.config.image_token_id
         message = f"image tokens (`image_token_id` {token}), but the pictures give {rows} image features."
         torch_compilable_check(count == rows, lambda: f"The text has {int(count)} {message}")
-
-    def get_placeholder_mask(
-        self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.Tensor,
-        image_features: torch.Tensor,
-    ) -> torch.BoolTensor:
-        """Where `image_features` (rows, hidden_size) go in `inputs_embeds`, as a mask of its shape. Raises a
-        `ValueError` if there are not as many image tokens as rows."""
-        image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
-        self.check_image_tokens(image_token_mask, image_features)
-        return image_token_mask.unsqueeze(-1).to(inputs_embeds.device).expand_as(inputs_embeds)
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(image_token_mask.unsqueeze(-1).to(inputs_embeds.device), features)
 
     @can_return_tuple
     def forward(
@@ -1178,20 +1270,17 @@ class Step3VLModel(Step3VLPreTrainedModel):
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if inputs_embeds is None:
-            self.config.text_config.check_token_ids(input_ids)
+            check_input_ids(self.config.text_config, input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        self.config.text_config.check_embeddings(inputs_embeds)
 
         recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-        image_embeds, encoded = self.collect_features(
+        image_features, encoded = self.collect_features(
             pixel_values, patch_pixel_values, num_patches, image_embeds, mm_encoder_outputs, **recorded
         )
-        if image_embeds is not None:
-            image_embeds = image_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-            placeholder_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(placeholder_mask, image_embeds)
+        if image_features is not None:
+            image_token_mask = self.get_image_token_mask(input_ids, inputs_embeds)
+            inputs_embeds = self.insert_features(inputs_embeds, image_token_mask, image_features)
         elif input_ids is not None and input_ids.shape[1] > 1:
             self.warn_of_image_tokens(input_ids, cache)
 
@@ -1204,7 +1293,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_embeds, image_outputs=encoded)
+        encoded = None if torch.compiler.is_compiling() else encoded
+        return Step3VLModelOutputWithPast(**outputs, image_hidden_states=image_features, image_outputs=encoded)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1227,7 +1317,6 @@ class Step3LanguageModelHead:
 
     def keep(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
-        check_tensors(logits_to_keep=positions)
         if positions.is_floating_point() or not 0 < positions.ndim < 3:
             raise ValueError(
                 "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
@@ -1274,7 +1363,6 @@ class Step3LanguageModelHead:
 
         loss = None
         if labels is not None:
-            check_tensors(labels=labels)
             if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
                 raise ValueError(
                     f"`labels` must be int64 of the shape {tuple(logits.shape[:-1])} of the logits, got {labels.dtype} "

@@ -468,7 +468,7 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
         flops += number * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
     cases = [
         Case({"what": "original"}, one_at_a_time, flops),
-        Case({"what": "package"}, partial(model.encode_pictures, views, patches, counts), flops),
+        Case({"what": "package"}, partial(model.get_image_features, views, patches, counts), flops),
     ]
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
     return [{**row, "pictures_per_second": count / row["seconds"]} for row in rows]

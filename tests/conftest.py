@@ -20,6 +20,7 @@ from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
+from step3_vl.configuration_step3 import num_image_tokens
 from step3_vl.generation_step3 import CACHE_NAME
 
 
@@ -106,7 +107,8 @@ def small_model(config=None, seed=0, **kwargs) -> Step3VLForConditionalGeneratio
 
 def small_batch(model) -> dict[str, torch.Tensor]:
     """Three rows, left-padded: one without pictures, one with a picture and its patches, one with two pictures."""
-    picture, patch = [IMAGE_TOKEN] * model.model.num_image_tokens(112), [IMAGE_TOKEN] * model.model.num_image_tokens(56)
+    patch_size, stride = model.config.vision_config.patch_size, model.config.understand_projector_stride
+    picture, patch = ([IMAGE_TOKEN] * num_image_tokens(side, patch_size, stride) for side in (112, 56))
     rows = [
         [11, 12, 13, 14],
         [21, *patch, 22, *patch, 23, *picture, 24],

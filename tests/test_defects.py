@@ -145,7 +145,7 @@ def test_defect_12_features_are_flat(model, batch):
     output = model.get_image_features(*(batch[k] for k in ("pixel_values", "patch_pixel_values", "num_patches")))
     assert [tuple(feature.shape) for feature in output.pooler_output] == [(6, 48), (4, 48), (5, 48)]
     nested = [[[[feature]]] for feature in output.pooler_output]
-    with pytest.raises(TypeError, match="`image_embeds` must be a tensor, got list"):
+    with pytest.raises(TypeError, match="`image_embeds` must be a tensor or a flat tuple of them, got list"):
         run(model, batch["input_ids"], image_embeds=nested)
 
 
@@ -266,7 +266,7 @@ def test_defect_19_positions_are_within_range(model):
             run(model, IDS, position_ids=positions + shift)
     with pytest.raises(RuntimeError, match="`position_ids` must lie between 0 and 511"):
         run(model, IDS[:, :1], position_ids=torch.tensor([[512]]))
-    with pytest.raises(ValueError, match=r"`position_ids` must have the shape \(2, 5\) of the tokens, got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"`position_ids` must have the tokens' shape, \(2, 5\), got \(2, 4\)"):
         run(model, IDS, position_ids=positions[:, :4])
     scaling = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
     scaled = small_model(small_config(text={"rope_parameters": scaling}))

@@ -63,7 +63,7 @@ def test_all_pictures_are_one_program_for_any_number_of_patches():
             self.model = model
 
         def forward(self, pixel_values, patch_pixel_values, num_patches):
-            return self.model.encode_pictures(pixel_values, patch_pixel_values, num_patches)[0]
+            return torch.cat(self.model.get_image_features(pixel_values, patch_pixel_values, num_patches).pooler_output)
 
     def pictures(*layouts: str) -> tuple[torch.Tensor, ...]:
         images = [draw_scene(i, layout).image for i, layout in enumerate(layouts)]

@@ -291,7 +291,7 @@ def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, 
         image_embeds=features.repeat(1, 2),
     )
     fails(r"got \(720,\)", **text, image_embeds=features.flatten())
-    fails("`image_embeds` must be a tensor, got list", **text, image_embeds=[[features]])
+    fails("`image_embeds` must be a tensor or a flat tuple of them, got list", **text, image_embeds=[[features]])
     fails("only one of them", **batch, image_embeds=features)
     fails("belong to `pixel_values`", **text, patch_pixel_values=batch["patch_pixel_values"], image_embeds=features)
     fails("`mm_encoder_outputs` must hold `image`, got .'video'", **text, mm_encoder_outputs={"video": encoded})
