@@ -23,7 +23,7 @@ from checkpoint_files import (
     read_checkpoint,
     read_json,
 )
-from convert_checkpoint import CARRIED_FILES, MANIFEST, write_text
+from convert_checkpoint import CARRIED_FILES, MANIFEST, write_bytes
 from engines import engine_facts, warnings
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError  # of httpx, or of what took its place
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         api = HfApi()
         api.create_repo(repo_id, private=arguments.private, exist_ok=True)
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
-            write_text(directory / "README.md", card)
+            write_bytes(directory / "README.md", card.encode())
         # Sends what is not there yet, large files in parts, in several commits if need be.
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
     except CheckpointError as error:

@@ -290,12 +290,12 @@ def lie(header: dict) -> None:
         (lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "pytorch_model.bin"})), "pickled weights"),
         (leave_by_a_link, "a link that leaves the directory"),
         (lambda d: [path.rename(path.with_suffix(".bin")) for path in d.glob("model*")], "pickled weights"),
-        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "truncated"),
-        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "too long"),
-        (lambda d: first_file(d).write_bytes((2**40).to_bytes(8, "little") + b"{}"), "the header ends behind"),
-        (lambda d: set_header(first_file(d), overlap), "overlaps another"),
-        (lambda d: set_header(first_file(d), lie), "takes"),
-        (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ', "__metadata__": {}}'), "is there twice"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "not fully covered"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "not fully covered"),
+        (lambda d: first_file(d).write_bytes((2**40).to_bytes(8, "little") + b"{}"), "header too large"),
+        (lambda d: set_header(first_file(d), overlap), "invalid offset"),
+        (lambda d: set_header(first_file(d), lie), "invalid shape"),
+        (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ', "__metadata__": {}}'), "duplicate field"),
         (lambda d: (d / "config.json").write_text("[" * 10**5), "nested too deep"),
         (lambda d: (d / "config.json").write_text(" " * 2**25), "at most"),
         (
@@ -349,11 +349,11 @@ def test_finished_shards_are_kept_and_other_runs_refused(source, tmp_path, monke
     def stop_at_second_shard(path, *rest):
         if "-00002-" in path.name:
             raise KeyboardInterrupt
-        write(path, *rest)
+        write_shard(path, *rest)
 
-    write = convert_checkpoint.write
+    write_shard = convert_checkpoint.write_shard
     with monkeypatch.context() as patch:
-        patch.setattr(convert_checkpoint, "write", stop_at_second_shard)
+        patch.setattr(convert_checkpoint, "write_shard", stop_at_second_shard)
         result = convert(source, target, *options)
     assert result.returncode == 130 and "the same command goes on" in result.stderr and not target.exists()
     first = first_file(whole).name
