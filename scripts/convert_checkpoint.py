@@ -572,9 +572,9 @@ def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, v
     Raises:
         `CheckpointError`: if a number is too large for its new type, or a weight was not written as it should be.
     """
-    carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
     with blaming(package / "config.json"):
         plan.config.save_pretrained(package)
+    carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
     for name, path in plan.linked.items():
         link(path, package / name, how)
     with progress_bar(plan.num_bytes, "Writing") as progress:
