@@ -395,14 +395,14 @@ def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
 
 @contextmanager
 def blaming(path: Path) -> Iterator[None]:
-    """What goes wrong while `path` is written is an `OSError` that names it, and not what it is copied from."""
+    """A full disk while `path` is written is an `OSError` that names it, or else the copy, and not what is copied."""
     try:
         yield
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
     except OSError as error:
         if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+            raise OSError(error.errno, error.strerror or str(error), error.filename2 or str(path)) from None
         raise
 
 

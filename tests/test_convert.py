@@ -411,8 +411,8 @@ def test_what_was_written_wrong_is_seen(source, tmp_path, monkeypatch, how):
     [
         (["--copy"], 100_000, "package/model-00001-of-"),
         (["--to-single"], 100_000, "package/model.safetensors: "),
-        ([], 4_000, "package/tokenizer.json: "),
-        ([], 1_500, "package/config.json: "),
+        ([], 60_000, "package/modeling_step3.py: "),
+        ([], 6_000, "package/configuration_step3.py: "),
     ],
 )
 def test_a_file_that_does_not_fit_is_named(source, tmp_path, options, limit, file):
