@@ -1,16 +1,16 @@
-"""Reads a Step3 checkpoint without trusting it: config, index and safetensors headers, but no weights and no code."""
+"""Reads a Step3 checkpoint without trusting it: config, index, safetensors headers and single tensors, but no code."""
 
 import importlib
 import json
 import math
 import os
 import re
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
 
 ROOT = Path(__file__).parents[1]
@@ -56,20 +56,21 @@ FP8_WEIGHT = re.compile(
 )
 # Bytes of an element; weights are of these types only.
 WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
-OTHER_TYPES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLED = "pickled weights can run any code, and are refused; safetensors are read."
-# What JSON is read at all: in the released model the index has 0.2 MB and the largest header less.
+# What JSON is read at all: in the released model the index has 0.2 MB.
 MAX_JSON_BYTES, MAX_JSON_DEPTH = 16 * 2**20, 50
 # Far beyond any model, and small enough to reckon with.
 MAX_LAYERS, MAX_SIZE, MAX_TENSORS = configuration.MAX_LAYERS, 2**31, 10**5
+SHOWN_PROBLEMS = 20
 
 
 class CheckpointError(ValueError):
-    """All that is wrong with a checkpoint, a line for each."""
+    """All that is wrong with a checkpoint, a line for each `problems`; as text, the first 20 and how many more."""
 
     def __init__(self, problems: list[str]):
-        super().__init__("\n".join(problems))
+        more = len(problems) - SHOWN_PROBLEMS
+        super().__init__("\n".join(problems[:SHOWN_PROBLEMS] + [f"... and {more} more."] * (more > 0)))
         self.problems = problems
 
 
@@ -81,7 +82,7 @@ class Tensor:
     Args:
         name: The released name.
         stored_name: The name in the file.
-        start, end: Where its bytes are in the file.
+        dtype: Its type as safetensors calls it.
     """
 
     name: str
@@ -89,12 +90,15 @@ class Tensor:
     path: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    end: int
 
     @property
     def num_bytes(self) -> int:
-        return self.end - self.start
+        return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
+
+    def read(self):
+        """The torch tensor; its memory is the file's, mapped."""
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.stored_name)
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,13 @@ def quote(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def parse_json(data: bytes, where: str) -> dict:
+def read_json(path: Path) -> dict:
     """
-    A JSON object from UTF-8 text.
+    The JSON object in a file, UTF-8.
 
     Raises:
-        `CheckpointError`: if it is not one, repeats a key, is nested too deep or holds what JSON does not know.
+        `CheckpointError`: if it is not one, is too long, repeats a key, is nested too deep or holds what JSON does not
+        know.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -145,13 +150,20 @@ def parse_json(data: bytes, where: str) -> dict:
         raise ValueError(f"{constant} is no number of JSON")
 
     try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError([f"{path.name}: cannot be read: {error.strerror}."]) from None
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError([f"{path.name}: must be at most {MAX_JSON_BYTES} bytes of JSON."])
+    try:
         value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except ValueError as error:
-        raise CheckpointError([f"{where}: not valid JSON: {error}."]) from None
+        raise CheckpointError([f"{path.name}: not valid JSON: {error}."]) from None
     except RecursionError:
-        raise CheckpointError([f"{where}: not valid JSON: nested too deep."]) from None
+        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."]) from None
     if not isinstance(value, dict):
-        raise CheckpointError([f"{where}: must be a JSON object, got {quote(value)}."])
+        raise CheckpointError([f"{path.name}: must be a JSON object, got {quote(value)}."])
     level = [value]
     for _ in range(MAX_JSON_DEPTH):
         level = [
@@ -161,31 +173,8 @@ def parse_json(data: bytes, where: str) -> dict:
             if isinstance(entry, dict | list)
         ]
     if level:
-        raise CheckpointError([f"{where}: not valid JSON: nested too deep."])
+        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."])
     return value
-
-
-def open_regular(path: Path):
-    """
-    Opens a file for reading.
-
-    Raises:
-        `CheckpointError`: if it is not there, not a regular file or cannot be read.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError([f"{path.name}: must be a regular file."])
-        return path.open("rb")
-    except OSError as error:
-        raise CheckpointError([f"{path.name}: cannot be read: {error.strerror}."]) from None
-
-
-def read_json(path: Path) -> dict:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError([f"{path.name}: must be at most {MAX_JSON_BYTES} bytes of JSON, got {size}."])
-        return parse_json(file.read(), path.name)
 
 
 def released_name(name: str) -> str:
@@ -200,57 +189,18 @@ def read_header(path: Path) -> list[Tensor]:
     The tensors of a safetensors file.
 
     Raises:
-        `CheckpointError`: if the header is not what the format asks for, or does not fit the file: every byte of the
-        file belongs to one tensor.
+        `CheckpointError`: if the library does not take the file: the header must be what the format asks for, and every
+        byte belong to one tensor.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError([f"{path.name}: truncated: the header ends behind the file's {size} bytes."])
-        if length > MAX_JSON_BYTES:
-            raise CheckpointError([f"{path.name}: the header must be at most {MAX_JSON_BYTES} bytes, got {length}."])
-        header = parse_json(file.read(length), f"{path.name}: header")
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise CheckpointError([f"{path.name}: must hold at most {MAX_TENSORS} tensors, got {len(header)}."])
-    data, problems, tensors = 8 + length, [], []
-    for stored_name, entry in header.items():
-        where = f"{path.name}: {quote(stored_name)}"
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            problems.append(f"{where}: must have a dtype, a shape and data_offsets, got {quote(entry)}.")
-            continue
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        lists_of_sizes = all(
-            isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
-            for value in (shape, offsets)
-        )
-        if not lists_of_sizes or len(offsets) != 2 or offsets[0] > offsets[1]:
-            problems.append(f"{where}: impossible shape {quote(shape)} or data_offsets {quote(offsets)}.")
-            continue
-        width = {**WEIGHT_TYPES, **OTHER_TYPES}.get(dtype) if isinstance(dtype, str) else None
-        if width is None:
-            problems.append(f"{where}: unknown dtype {quote(dtype)}.")
-            continue
-        if math.prod(shape) * width != offsets[1] - offsets[0]:
-            problems.append(
-                f"{where}: {dtype} of shape {quote(shape)} takes {quote(math.prod(shape) * width)} bytes, got "
-                f"{offsets[1] - offsets[0]}."
-            )
-        name = released_name(stored_name)
-        tensors.append(Tensor(name, stored_name, path, dtype, tuple(shape), data + offsets[0], data + offsets[1]))
-    if problems:
-        raise CheckpointError(problems)
-    position = data
-    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.end)):
-        if tensor.start != position:
-            kind = "overlaps another tensor" if tensor.start < position else "leaves bytes before it to no tensor"
-            raise CheckpointError([f"{path.name}: {quote(tensor.stored_name)}: {kind}."])
-        position = tensor.end
-    if position != size:
-        state = "truncated" if position > size else "too long"
-        raise CheckpointError([f"{path.name}: {state}: the tensors end at byte {position}, the file at {size}."])
-    return tensors
+    try:
+        with safe_open(path, "np") as file:  # which needs no torch
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return [
+                Tensor(released_name(name), name, path, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            ]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError([f"{path.name}: cannot be read: {error}."]) from None
 
 
 def locate(directory: Path, name: str) -> Path:
@@ -258,8 +208,8 @@ def locate(directory: Path, name: str) -> Path:
     The file called `name` in `directory`.
 
     Raises:
-        `CheckpointError`: if the name leads out of the directory, also by a link; links into the hub's cache are its
-        own.
+        `CheckpointError`: if it is no regular file, or the name leads out of the directory, also by a link; links into
+        the hub's cache are its own.
     """
     if name != Path(name).name or "\\" in name or "\0" in name:
         raise CheckpointError([f"{INDEX}: file names must stay in the directory, got {quote(name)}."])
@@ -272,6 +222,8 @@ def locate(directory: Path, name: str) -> Path:
     in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
     if target.parent != home and not in_cache:
         raise CheckpointError([f"{name}: is a link that leaves the directory, to {quote(str(target))}."])
+    if not target.is_file():  # a pipe would be waited for
+        raise CheckpointError([f"{name}: must be a regular file."])
     return path
 
 
@@ -316,9 +268,15 @@ def read_config(directory: Path) -> Step3VLConfig | Step3TextConfig:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
         problems.append(f"config.json: `model_type` must be {' or '.join(CONFIG_CLASSES)}, got {quote(model_type)}.")
-    for name in ("text_config", "vision_config", "quantization_config"):
-        if not isinstance(settings.get(name), dict | None):
-            problems.append(f"config.json: `{name}` must be an object, got {quote(settings[name])}.")
+    if not isinstance(quantization := settings.get("quantization_config"), dict | None):
+        problems.append(f"config.json: `quantization_config` must be an object, got {quote(quantization)}.")
+    # What is left out would be that of the released model.
+    parts = Step3VLConfig.sub_configs if model_type == Step3VLConfig.model_type else {}
+    for name, part in parts.items():
+        if not isinstance(settings.get(name), dict):
+            problems.append(f"config.json: `{name}` must be an object, got {quote(settings.get(name))}.")
+        elif (found := settings[name].get("model_type", part.model_type)) != part.model_type:
+            problems.append(f"config.json: `{name}.model_type` must be {part.model_type}, got {quote(found)}.")
     if problems:
         raise CheckpointError(problems)
     verbosity = logging.get_verbosity()

@@ -11,6 +11,7 @@ import argparse
 import copy
 import errno
 import fcntl
+import filecmp
 import hashlib
 import json
 import math
@@ -18,11 +19,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from checkpoint_files import (
     CODE_FILES,
     FP8_BLOCK,
@@ -47,21 +47,12 @@ from engines import engine_facts, table, warnings
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.serialization._base import parse_size_to_int
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 TORCH_NAMES = {stored: name for name, stored in DTYPES.items()} | {"F8_E4M3": "float8_e4m3fn"}
-# The bits of an exponent, all of which are set in an infinity or a NaN; fp8 has no infinity, and NaN has all bits set.
-NOT_FINITE = {
-    "F64": (np.uint64, 0x7FF0000000000000),
-    "F32": (np.uint32, 0x7F800000),
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F8_E4M3": (np.uint8, 0x7F),
-}
-# In the order that the safetensors library writes tensors of several types in.
-TYPE_ORDER = ("F64", "F32", "BF16", "F16", "F8_E4M3")
 # What goes with the weights, apart from the config, the code and the index. No file that could be code is among them.
 CARRIED_FILES = (
     "README.md",
@@ -86,53 +77,9 @@ PROCESSOR_FILES = {
     "processor_config.json": PROCESSOR,
     "preprocessor_config.json": {**PROCESSOR, "image_processor_type": "Step3VLImageProcessor"},
 }
-# Bytes that are read, converted and written at a time.
+# Bytes of float32 that are looked at or converted at a time.
 CHUNK = 16 * 2**20
 MANIFEST = "SHA256SUMS"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Bytes of a file, from `start` to `end`, that are written as they are."""
-
-    path: Path
-    start: int
-    end: int
-
-    def read(self) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = file.read(self.end - self.start)
-        if len(data) != self.end - self.start:
-            raise self._ended_early()
-        return data
-
-    def _ended_early(self) -> OSError:
-        return OSError(errno.EIO, f"{self.path} ended early: it was changed while it was read")
-
-    def copy_to(self, descriptor: int) -> bool:
-        """Lets the system copy them to the end of an open file, without a way through this process, if it can."""
-        if not hasattr(os, "copy_file_range"):
-            return False
-        with self.path.open("rb") as file:
-            position = self.start
-            while position < self.end:
-                try:
-                    count = os.copy_file_range(file.fileno(), descriptor, self.end - position, position)
-                except OSError as error:
-                    unable = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-                    if position > self.start or error.errno not in unable:
-                        raise
-                    return False
-                if count == 0:
-                    raise self._ended_early()
-                position += count
-        return True
-
-
-def spans(path: Path, start: int, end: int) -> Iterator[Span]:
-    """Those bytes of a file, a chunk at a time."""
-    return (Span(path, position, min(position + CHUNK, end)) for position in range(start, end, CHUNK))
 
 
 @dataclass(frozen=True)
@@ -162,55 +109,83 @@ class Item:
     def num_bytes(self) -> int:
         return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
 
-    def chunks(self) -> Iterator[bytes | Span]:
-        """What is to be written, a chunk at a time."""
-        stored = spans(self.tensor.path, self.tensor.start, self.tensor.end)
-        if self.scale is not None:
-            import torch
+    @property
+    def is_copy(self) -> bool:
+        return self.scale is None and self.dtype == self.tensor.dtype
 
-            dtype = getattr(torch, TORCH_NAMES[self.dtype])
-            yield from (bytes_of(rows.to(dtype)) for rows in self.rows(self.block[0]))
-        elif self.dtype == self.tensor.dtype:
-            yield from stored
-        else:
-            yield from (cast(span.read(), self.tensor.dtype, self.dtype) for span in stored)
-
-    def rows(self, multiple: int) -> Iterator:
+    def read(self):
         """
-        The tensor's matrices, dequantised if it has scales, some rows at a time: (rows, columns), float32. All but a
-        matrix's last are a multiple of `multiple` rows, and `multiple` one of a block's.
+        The torch tensor that is to be written.
+
+        Raises:
+            `CheckpointError`: if the type is too small for a number.
+        """
+        import torch
+
+        if self.is_copy:
+            return self.tensor.read()
+        output, end = torch.empty(math.prod(self.shape), dtype=torch_type(self.dtype)), 0
+        for part in self.parts():
+            converted = self.convert(part)
+            start, end = end, end + converted.numel()
+            output[start:end] = converted.flatten()
+        return output.view(self.shape)
+
+    def parts(self) -> Iterator:
+        """What is to be converted, a part at a time."""
+        return self.rows() if self.scale else iter(self.tensor.read().flatten().split(CHUNK // 4))
+
+    def convert(self, part):
+        return self.cast(part, self.dtype)
+
+    def cast(self, part, dtype: str):
+        converted = part.to(torch_type(dtype))
+        self.check_overflow(converted, part)
+        return converted
+
+    def rows(self) -> Iterator:
+        """
+        The tensor's matrices, dequantised if it has scales, some rows at a time: (rows, columns). All but a matrix's
+        last are whole blocks, of the tensor's and the release's.
         """
         from block_fp8 import spread
 
-        *experts, rows, columns = self.tensor.shape
-        position, width = self.tensor.start, WEIGHT_TYPES[self.tensor.dtype] * columns
-        step = multiple * max(CHUNK // (4 * multiple * max(columns, 1)), 1)
-        if self.scale is not None:
-            scale = Span(self.scale.path, self.scale.start, self.scale.end).read()
-            scale = tensor_of(scale, self.scale.dtype).view(-1, *self.scale.shape[-2:]).float()
-        for expert in range(math.prod(experts)):
-            for row in range(0, rows, step):
-                count = min(step, rows - row)
-                stored = Span(self.tensor.path, position, position + count * width)
-                position = stored.end
-                weight = tensor_of(stored.read(), self.tensor.dtype).view(count, columns).float()
-                if self.scale is not None:
-                    blocks = scale[expert, row // self.block[0] : -(-(row + count) // self.block[0])]
-                    weight *= spread(blocks, self.block, weight.shape)
-                yield weight
+        height = self.block[0] if self.block else 1
+        multiple = math.lcm(FP8_BLOCK[0], height)
+        step = multiple * max(CHUNK // (4 * multiple * max(self.tensor.shape[-1], 1)), 1)
+        matrices = [
+            tensor.read().view(-1, *tensor.shape[-2:]) for tensor in (self.tensor, self.scale) if tensor is not None
+        ]
+        for matrix, *scales in zip(*matrices, strict=True):
+            parts = matrix.split(step)
+            if not scales:
+                yield from parts
+                continue
+            for part, scale in zip(parts, scales[0].split(step // height), strict=True):
+                part, factors = part.float(), spread(scale.float(), self.block, part.shape)
+                dequantized = part * factors
+                self.check_overflow(dequantized, part, factors)
+                yield dequantized
+
+    def check_overflow(self, output, *sources) -> None:
+        """Raises a `CheckpointError` if a number is not finite that was made of finite ones."""
+        if count_not_finite(output) and (math.prod(map(is_finite, sources)) & ~is_finite(output)).any():
+            where = f"{self.tensor.path.name}: {self.tensor.stored_name}"
+            raise CheckpointError([f"{where}: has numbers that are too large for {str(output.dtype)[6:]}."])
 
 
 class QuantizedItem(Item):
     """A tensor to be quantised, by the released blocks; it may come from others."""
 
-    def chunks(self) -> Iterator[bytes]:
+    is_copy = False
+
+    def parts(self) -> Iterator:
+        return (self.cast(part, "F32") for part in self.rows())
+
+    def convert(self, part):
         from block_fp8 import choose_scales, quantize
 
-        for rows in self.blocks():
-            yield bytes_of(quantize(rows, choose_scales(rows, FP8_BLOCK), FP8_BLOCK))
-
-    def blocks(self) -> Iterator:
-        return self.rows(math.lcm(FP8_BLOCK[0], self.block[0] if self.block else 1))
+        return quantize(part, choose_scales(part, FP8_BLOCK), FP8_BLOCK)
 
 
 class ScaleItem(QuantizedItem):
@@ -220,11 +195,10 @@ class ScaleItem(QuantizedItem):
     def shape(self) -> tuple[int, ...]:
         return scale_shape(self.tensor.shape, FP8_BLOCK)
 
-    def chunks(self) -> Iterator[bytes]:
+    def convert(self, part):
         from block_fp8 import choose_scales
 
-        for rows in self.blocks():
-            yield bytes_of(choose_scales(rows, FP8_BLOCK))
+        return choose_scales(part, FP8_BLOCK)
 
 
 @dataclass(frozen=True)
@@ -245,55 +219,32 @@ class Plan:
         return sum(item.num_bytes for items in self.shards.values() for item in items)
 
 
-def tensor_of(data: bytes, dtype: str):
-    """A 1-D torch tensor of a type as safetensors calls it."""
+def torch_type(dtype: str):
+    """The torch type of what safetensors calls `dtype`."""
     import torch
 
-    return torch.frombuffer(bytearray(data), dtype=getattr(torch, TORCH_NAMES[dtype]))
+    return getattr(torch, TORCH_NAMES[dtype])
 
 
-def bytes_of(tensor) -> bytes:
+def is_finite(tensor):
+    """Which numbers are neither infinite nor NaN; fp8 has no infinity."""
     import torch
 
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return ~tensor.isnan() if tensor.dtype == torch.float8_e4m3fn else tensor.isfinite()
 
 
-def cast(data: bytes, source: str, target: str) -> bytes:
+def count_not_finite(tensor) -> int:
+    is_whole = tensor.dtype.itemsize > 1 and all(is_finite(extreme) for extreme in tensor.aminmax())  # which is fast
+    return 0 if is_whole else int((~is_finite(tensor)).sum())
+
+
+def is_same(tensor, other) -> bool:
+    """Whether two tensors are equal in type, shape and every bit."""
     import torch
 
-    return bytes_of(tensor_of(data, source).to(getattr(torch, TORCH_NAMES[target])))
-
-
-def header_of(items: list[Item]) -> bytes:
-    """A safetensors header as the library itself writes it, for items in the order that their bytes follow in."""
-    header, position = {"__metadata__": {"format": "pt"}}, 0
-    for item in items:
-        end = position + item.num_bytes
-        header[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def shard_chunks(items: list[Item]) -> Iterator[bytes | Span]:
-    """All of a weight file."""
-    yield header_of(items)
-    for item in items:
-        yield from item.chunks()
-
-
-def contents(chunks: Iterator[bytes | Span]) -> Iterator[bytes]:
-    return (chunk.read() if isinstance(chunk, Span) else chunk for chunk in chunks)
-
-
-def ahead(chunks: Iterator) -> Iterator:
-    """The same chunks, the next of which is read and converted while one is written."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = reader.submit(next, chunks, None)
-            yield chunk
+    return (tensor.dtype, tensor.shape) == (other.dtype, other.shape) and torch.equal(
+        tensor.flatten().view(torch.uint8), other.flatten().view(torch.uint8)
+    )
 
 
 def parse_size(text: str) -> str:
@@ -407,10 +358,7 @@ def make_plan(
         max_shard_size=sum(item.num_bytes for item in items) + 1 if to_single else max_shard_size or "5GB",
     )
     by_name = {item.name: item for item in items}
-    shards = {
-        file: sorted((by_name[name] for name in names), key=lambda item: (TYPE_ORDER.index(item.dtype), item.name))
-        for file, names in split.filename_to_tensors.items()
-    }
+    shards = {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
     return Plan(config, shards, {})
 
 
@@ -419,12 +367,10 @@ def check_finite(checkpoint: Checkpoint) -> list[str]:
     problems = []
     with progress_bar(checkpoint.num_bytes, "Checking") as progress:
         for tensor in checkpoint.tensors.values():
-            kind, exponent = NOT_FINITE[tensor.dtype]
             bad = 0
-            for chunk in contents(Item(tensor.name, tensor, tensor.dtype).chunks()):
-                bits = np.frombuffer(chunk, kind)
-                bad += int(np.count_nonzero((bits & kind(exponent)) == kind(exponent)))
-                progress.update(len(chunk))
+            for part in tensor.read().flatten().split(CHUNK // 4):
+                bad += count_not_finite(part)
+                progress.update(part.nbytes)
             if bad:
                 problems.append(f"{tensor.path.name}: {tensor.stored_name}: {bad} values are NaN or infinite.")
     return problems
@@ -447,29 +393,27 @@ def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
     return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, disable=not total)
 
 
-def unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """A full disk while `path` is written is an `OSError` that names it, or else the copy, and not what is copied."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    except OSError as error:
+        if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, error.strerror or str(error), error.filename2 or str(path)) from None
+        raise
 
 
-def write(path: Path, chunks: Iterator[bytes | Span], progress: tqdm) -> None:
-    """Writes what `settle` puts at `path`."""
-    with unfinished(path).open("wb", buffering=0) as file:
-        for chunk in chunks:
-            if isinstance(chunk, Span):
-                if chunk.copy_to(file.fileno()):
-                    progress.update(chunk.end - chunk.start)
-                    continue
-                chunk = chunk.read()
-            view = memoryview(chunk)
-            while view:
-                view = view[file.write(view) :]
-            progress.update(len(chunk))
-
-
-def settle(path: Path) -> None:
-    """Puts a written file in place, whole even if the power is cut."""
-    sync(unfinished(path))
-    unfinished(path).rename(path)
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Another name to write to, which becomes `path` when all is written, whole even if the power is cut."""
+    unfinished = path.with_name(f"{path.name}.part")
+    with blaming(path):
+        yield unfinished
+        sync(unfinished)
+        unfinished.rename(path)
 
 
 def sync(path: Path) -> None:
@@ -480,13 +424,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    write(path, iter([text.encode()]), tqdm(disable=True))
-    settle(path)
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_shard(path: Path, items: list[Item]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {item.name: item.read() for item in items}
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
 
 
 def link(source: Path, target: Path, how: str) -> None:
@@ -504,10 +456,8 @@ def link(source: Path, target: Path, how: str) -> None:
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
                 raise
-    size = source.stat().st_size
-    with progress_bar(size, target.name) as progress:
-        write(target, spans(source, 0, size), progress)
-    settle(target)
+    with replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
 
 
 def carry_files(source: Path, target: Path, has_vision: bool) -> None:
@@ -526,12 +476,12 @@ def carry_files(source: Path, target: Path, has_vision: bool) -> None:
                 settings |= PROCESSOR_FILES[name]
             write_json(target / name, settings)
         else:
-            shutil.copyfile(path, target / name)
+            write_bytes(target / name, path.read_bytes())
     name = "processor_config.json"
     if has_vision and not (target / name).exists():
         write_json(target / name, PROCESSOR_FILES[name])
     for name in CODE_FILES:
-        shutil.copyfile(ROOT / name, target / name)
+        write_bytes(target / name, (ROOT / name).read_bytes())
 
 
 def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
@@ -546,8 +496,13 @@ def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
 def check_room(checkpoint: Checkpoint, plan: Plan, target: Path, how: str) -> None:
     """
     Raises:
-        `CheckpointError`: if `target` exists, or what is yet to be written does not fit on the disk.
+        `CheckpointError`: if `target` exists or would be mixed up with the source, or what is yet to be written does
+        not fit on the disk.
     """
+    source = checkpoint.directory.resolve()
+    for path in (target.resolve(), partial_of(target.resolve())):
+        if path.is_relative_to(source) or source.is_relative_to(path):
+            raise CheckpointError([f"{target}: lies in the source, or the source in it; choose another place."])
     if target.exists() and not partial_of(target).exists():
         raise CheckpointError([f"{target} exists already; choose another place or remove it."])
     parent = next(path for path in target.absolute().parents if path.exists())
@@ -595,7 +550,11 @@ def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how
             write_json(partial / "run.json", mark)
         if not target.exists():  # else the run was stopped while it tidied up
             package.mkdir(exist_ok=True)
-            write_package(checkpoint, plan, package, how, verify)
+            try:
+                write_package(checkpoint, plan, package, how, verify)
+            except CheckpointError:  # which the same call would meet again
+                shutil.rmtree(partial)
+                raise
             package.rename(target)
             sync(target.parent)
         shutil.rmtree(partial)
@@ -607,36 +566,35 @@ def total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
 
 
 def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, verify: bool) -> None:
-    """Writes what is not in `package` yet."""
+    """
+    Writes what is not in `package` yet.
+
+    Raises:
+        `CheckpointError`: if a number is too large for its new type, or a weight was not written as it should be.
+    """
+    with blaming(package / "config.json"):
+        plan.config.save_pretrained(package)
+    carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
     for name, path in plan.linked.items():
         link(path, package / name, how)
-    missing = {name: items for name, items in plan.shards.items() if not (package / name).exists()}
-    to_write = sum(item.num_bytes for items in missing.values() for item in items)
-    with (
-        progress_bar(plan.num_bytes, "Writing", initial=plan.num_bytes - to_write) as progress,
-        ThreadPoolExecutor(1) as settler,
-    ):
-        settled = []
-        for name, items in missing.items():
-            write(package / name, ahead(shard_chunks(items)), progress)
-            settled.append(settler.submit(settle, package / name))
-        for future in settled:
-            future.result()
+    with progress_bar(plan.num_bytes, "Writing") as progress:
+        for name, items in plan.shards.items():
+            if not (package / name).exists():
+                write_shard(package / name, items)
+            progress.update(sum(item.num_bytes for item in items))
     names = {path: name for name, path in plan.linked.items()}
     linked = {name: names[tensor.path] for name, tensor in checkpoint.tensors.items() if tensor.path in names}
     weight_map = linked | plan.weight_map
     if set(weight_map.values()) != {WEIGHTS}:
         metadata = {"total_size": total_bytes(checkpoint, plan)}
         write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    carry_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
-    plan.config.save_pretrained(package)
     if verify:
-        write_manifest(checkpoint, plan, package)
+        write_manifest(plan, package)
     for path in [*package.iterdir(), package]:
         sync(path)
 
 
-def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
+def write_manifest(plan: Plan, package: Path) -> None:
     """
     Reads back every weight file, compares it with the source and writes its SHA-256 down, as `sha256sum -c` reads it.
 
@@ -644,30 +602,23 @@ def write_manifest(checkpoint: Checkpoint, plan: Plan, package: Path) -> None:
         `CheckpointError`: if a tensor is not what it should be.
     """
     lines, problems = [], []
-    total = total_bytes(checkpoint, plan)
-    with progress_bar(total, "Verifying") as progress:
-        for name in sorted(plan.shards.keys() | plan.linked.keys()):
-            digest = hashlib.sha256()
-            with (package / name).open("rb") as file:
-                if name in plan.shards:
-                    header = header_of(plan.shards[name])
-                    parts = [("header", iter([header]))] + [(item.name, item.chunks()) for item in plan.shards[name]]
-                else:
-                    source = plan.linked[name]
-                    parts = [(name, spans(source, 0, source.stat().st_size))]
-                for part, chunks in parts:
-                    for chunk in ahead(contents(chunks)):
-                        written = file.read(len(chunk))
-                        digest.update(written)
-                        progress.update(len(chunk))
-                        if written != chunk:
-                            problems.append(f"{name}: {part}: was not written as it should be.")
-                if file.read(1):
-                    problems.append(f"{name}: is longer than it should be.")
-            lines.append(f"{digest.hexdigest()}  {name}\n")
+    for name in tqdm(sorted(plan.shards.keys() | plan.linked.keys()), desc="Verifying", unit="file"):
+        path = package / name
+        if name in plan.linked:
+            wrong = [] if filecmp.cmp(plan.linked[name], path, shallow=False) else ["the file"]
+        else:
+            items = plan.shards[name]
+            with safe_open(path, "pt") as file:
+                wrong = [item.name for item in items if not is_same(file.get_tensor(item.name), item.read())]
+        problems += [f"{name}: {part}: was not written as it should be." for part in wrong]
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        lines.append(f"{digest.hexdigest()}  {name}\n")
     if problems:
-        raise CheckpointError(sorted(set(problems)))
-    write_text(package / MANIFEST, "".join(lines))
+        raise CheckpointError(problems)
+    write_bytes(package / MANIFEST, "".join(lines).encode())
 
 
 def resolve(source: str) -> Path:
@@ -735,7 +686,7 @@ def main(arguments: list[str] | None = None) -> int:
             options |= {"layers": [layers[0], layers[-1]] if layers else None, "how": how}
             convert(checkpoint, plan, arguments.target, options, how, arguments.verify)
     except CheckpointError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{error.filename or arguments.target}: {error.strerror or error}", file=sys.stderr)

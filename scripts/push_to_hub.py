@@ -18,26 +18,39 @@ from checkpoint_files import (
     Checkpoint,
     CheckpointError,
     Step3VLConfig,
+    expected_shapes,
     locate,
     quote,
     read_checkpoint,
     read_json,
 )
-from convert_checkpoint import CARRIED_FILES, MANIFEST, write_text
+from convert_checkpoint import CARRIED_FILES, MANIFEST, write_bytes
 from engines import engine_facts, warnings
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError  # of httpx, or of what took its place
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+from yaml import YAMLError
 
 
 # What the hub's client leaves in a directory, and does not upload.
 OWN_FOLDERS = (".cache", ".git")
 SECRETS = {
-    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
-    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}",
-    "an AWS key": r"AKIA[0-9A-Z]{16}",
-    "an API key": r"sk-[A-Za-z0-9_-]{32,}",
+    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
+    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}",
+    "a GitLab token": r"glpat-[\w-]{20,}",
+    "a Google API key": r"AIza[\w-]{35}",
+    "a Slack token": r"xox[abeprs]-[\w-]{10,}",
+    "an AWS key": r"(?:AKIA|ASIA)[0-9A-Z]{16}|(?i:secret_?access_?key)\W{1,9}[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
+    "a W&B API key": r"(?i:wandb).{0,30}\b[0-9a-f]{40}\b|wandb_v1_\w{30,}",
+    "an API key": r"\bsk-[A-Za-z0-9_-]{32,}",
+    "a JSON web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "a password in a URL": r"\w://[^\s/:@\"']*:[^\s/@\"']+@[\w\[]",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a path on a machine": r"/(?:home|Users)/[\w.-]+[/\"']|[\"'\s=:]/root/\w|\b[A-Za-z]:\\+Users\\+\w"
+    r'|name_or_path"\s*:\s*"(?:[/~.\\]|[A-Za-z]:)',
 }
+RELEASED = "stepfun-ai/step3"
 USAGE = """## Usage
 
 ```python
@@ -91,11 +104,16 @@ def check_package(checkpoint: Checkpoint) -> list[Path]:
             problems.append("processor_config.json: missing; adopt the directory with convert_checkpoint.py.")
     for path in files:
         if path.name in weights:
-            continue
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+            lines = {f"metadata {quote(key)}": f"{key}: {value}" for key, value in metadata.items()}
+        else:
+            text = path.read_text(errors="replace")
+            lines = {f"line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
+        for place, line in lines.items():
             for secret, pattern in SECRETS.items():
                 if re.search(pattern, line):
-                    problems.append(f"{path.name}: line {number} looks like {secret}.")
+                    problems.append(f"{path.name}: {place} looks like {secret}.")
     if problems:
         raise CheckpointError(problems)
     return files
@@ -120,13 +138,26 @@ def check_auto_map(checkpoint: Checkpoint, name: str, wanted: dict[str, str]) ->
     return problems
 
 
+def base_model_of(checkpoint: Checkpoint) -> str | None:
+    """The released model, if a model has its sizes."""
+    config = checkpoint.config
+    return RELEASED if expected_shapes(config) == expected_shapes(type(config)()) else None
+
+
 def complete_card(directory: Path, repo_id: str, task: str, base_model: str | None, licence: str) -> str:
-    """The text of the model card, with what was missing: metadata and how the model is used."""
+    """
+    The text of the model card, with what was missing: metadata and how the model is used.
+
+    Raises:
+        `CheckpointError`: if the metadata of the one that is there cannot be read.
+    """
     path = directory / "README.md"
-    if path.exists():
-        card = ModelCard(path.read_text(), ignore_metadata_errors=False)
-    else:
-        card = ModelCard(f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n")
+    try:
+        text = path.read_text() if path.exists() else f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n"
+        card = ModelCard(text, ignore_metadata_errors=False)
+    except (YAMLError, ValueError, TypeError) as error:  # TypeError: a key that is no text
+        reason = " ".join(str(error).split())
+        raise CheckpointError([f"README.md: its YAML header cannot be read: {reason}"]) from None
     wanted = {"library_name": "transformers", "pipeline_tag": task, "license": licence, "base_model": base_model}
     for key, value in wanted.items():
         if value and card.data.get(key) is None:
@@ -148,9 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only check, and list what would go up")
     parser.add_argument(
         "--base-model",
-        default="stepfun-ai/step3",
         metavar="ID",
-        help="what it was made from, for a card that does not say; '' for nothing (default: stepfun-ai/step3)",
+        help=f"what it was made from, for a card that does not say; '' for nothing (default: {RELEASED} if it has that "
+        "model's sizes)",
     )
     parser.add_argument(
         "--license", default="apache-2.0", metavar="ID", help="for a card that does not say (default: apache-2.0)"
@@ -158,11 +189,15 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = parser.parse_args(arguments)
     directory, repo_id = arguments.directory, arguments.repo_id
     try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise ValueError("must be USER/NAME.")
         checkpoint = read_checkpoint(directory)
         files = check_package(checkpoint)
         is_whole = isinstance(checkpoint.config, Step3VLConfig)
         task = "image-text-to-text" if is_whole else "text-generation"
-        card = complete_card(directory, repo_id, task, arguments.base_model, arguments.license)
+        base_model = base_model_of(checkpoint) if arguments.base_model is None else arguments.base_model
+        card = complete_card(directory, repo_id, task, base_model, arguments.license)
         sizes = {path.name: path.stat().st_size for path in files} | {"README.md": len(card.encode())}
         for name in sorted(sizes):
             print(f"{sizes[name]:>16,}  {name}")
@@ -175,11 +210,11 @@ def main(arguments: list[str] | None = None) -> int:
         api = HfApi()
         api.create_repo(repo_id, private=arguments.private, exist_ok=True)
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
-            write_text(directory / "README.md", card)
+            write_bytes(directory / "README.md", card.encode())
         # Sends what is not there yet, large files in parts, in several commits if need be.
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
     except CheckpointError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     except (HTTPError, ValueError) as error:  # ValueError: of a card or a name that the hub does not take
         print(f"{repo_id}: {error}", file=sys.stderr)

@@ -231,10 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(parsed)
-    except CheckpointError as error:
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 1
-    except ServingError as error:
+    except (CheckpointError, ServingError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,12 @@ def set_header(path: Path, change) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + data[8 + length :])
 
 
+def edit_config(directory: Path, change) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
 def edit_index(directory: Path, change) -> None:
     path = directory / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -290,12 +297,14 @@ def lie(header: dict) -> None:
         (lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "pytorch_model.bin"})), "pickled weights"),
         (leave_by_a_link, "a link that leaves the directory"),
         (lambda d: [path.rename(path.with_suffix(".bin")) for path in d.glob("model*")], "pickled weights"),
-        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "truncated"),
-        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "too long"),
-        (lambda d: first_file(d).write_bytes((2**40).to_bytes(8, "little") + b"{}"), "the header ends behind"),
-        (lambda d: set_header(first_file(d), overlap), "overlaps another"),
-        (lambda d: set_header(first_file(d), lie), "takes"),
-        (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ', "__metadata__": {}}'), "is there twice"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "not fully covered"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "not fully covered"),
+        (lambda d: first_file(d).write_bytes((2**40).to_bytes(8, "little") + b"{}"), "header too large"),
+        (lambda d: set_header(first_file(d), overlap), "invalid offset"),
+        (lambda d: set_header(first_file(d), lie), "invalid shape"),
+        (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ',"__metadata__":{}}'), "duplicate field"),
+        (lambda d: [(d / "config.json").unlink(), os.mkfifo(d / "config.json")], "must be a regular file"),
+        (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
         (lambda d: (d / "config.json").write_text("[" * 10**5), "nested too deep"),
         (lambda d: (d / "config.json").write_text(" " * 2**25), "at most"),
         (
@@ -310,6 +319,113 @@ def test_unsafe_input_is_refused(copied, spoil, message):
     spoil(copied)
     result = convert(copied, "--check")
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.pop("text_config"), "`text_config` must be an object, got None"),
+        (lambda c: c.pop("vision_config"), "`vision_config` must be an object, got None"),
+        (lambda c: c["text_config"].update(model_type="llama"), "`text_config.model_type` must be step3_text, got 'll"),
+        (lambda c: c["vision_config"].update(model_type="clip"), "`vision_config.model_type` must be step3_vision_e"),
+    ],
+)
+def test_a_config_of_another_model_is_one_fault(copied, change, message):
+    edit_config(copied, change)
+    result = convert(copied, "--check")
+    assert result.returncode == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_few_of_many_faults_are_listed(copied):
+    edit_config(copied, lambda config: config["text_config"].update(hidden_size=72))
+    *faults, last = convert(copied, "--check").stderr.splitlines()
+    assert len(faults) == 20 and last.startswith("... and ") and int(last.split()[2]) > 10
+
+
+@pytest.mark.parametrize("target", ["copied", "copied/target", "copied/deep/target", ".", "link/target", "released"])
+def test_source_and_target_are_kept_apart(copied, tmp_path, target):
+    if target == "released":  # whose unfinished run would be where the source is
+        copied = copied.rename(tmp_path / "released.partial")
+    else:
+        (tmp_path / "link").symlink_to(copied)
+    before = sorted(copied.rglob("*"))
+    result = convert(copied, tmp_path / target)
+    assert result.returncode == 1 and "the source" in result.stderr and sorted(copied.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "stored, value, dtype, name, options",
+    [
+        ("float32", 1e6, "float16", "lm_head.weight", ["--check-finite", "--verify"]),
+        ("float32", 3.4e38, "bfloat16", "vit_downsampler.bias", []),
+        ("float64", 1e300, "bfloat16", "vit_downsampler.weight", ["--check-finite"]),
+        ("float64", -1e39, "float32", "lm_head.weight", []),
+        ("float64", 1e39, "fp8", "model.layers.1.moe.up_proj.weight", []),
+        ("float32", 3.4e38, "fp8", "lm_head.weight", []),
+    ],
+)
+def test_a_cast_that_overflows_is_refused(source, tmp_path, stored, value, dtype, name, options):
+    tensors = {name: tensor.to(getattr(torch, stored)) for name, tensor in weights(source).items()}
+    tensors["model.norm.weight"][0] = float("inf")
+    wide = Path(shutil.copytree(source, tmp_path / "wide", ignore=shutil.ignore_patterns("model*")))
+    save_file(tensors, wide / "model.safetensors")
+    if dtype == "float32":  # an infinity stays one
+        assert weights(converted(wide, tmp_path / "infinite", "--dtype", dtype))["model.norm.weight"][0].isinf()
+    tensors["model.norm.weight"][0] = 1
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, wide / "model.safetensors")
+    result = convert(wide, tmp_path / "target", "--dtype", dtype, *options)
+    assert result.returncode == 1 and f"model.safetensors: {name}: has numbers that are too large" in result.stderr
+    assert not list(tmp_path.glob("target*"))
+
+
+def test_a_scale_that_overflows_is_refused(fp8_source, tmp_path):
+    copied = Path(shutil.copytree(fp8_source, tmp_path / "copied"))
+    path = copied / "model-00002-of-00003.safetensors"
+    save_file({name: scale.fill_(3e38) for name, scale in load_file(path).items()}, path)
+    result = convert(copied, tmp_path / "target", "--dtype", "bfloat16")
+    assert result.returncode == 1 and "_proj.weight: has numbers that are too large for" in result.stderr
+    assert not list(tmp_path.glob("target*"))
+
+
+@pytest.mark.parametrize("how", ["--copy", "--to-single"])
+def test_what_was_written_wrong_is_seen(source, tmp_path, monkeypatch, how):
+    def spoil(path, *rest):
+        original(path, *rest)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def spoil_link(origin, path, how):
+        link(origin, path, how)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    original, link = convert_checkpoint.write_shard, convert_checkpoint.link
+    monkeypatch.setattr(convert_checkpoint, "write_shard", spoil)
+    monkeypatch.setattr(convert_checkpoint, "link", spoil_link)
+    result = convert(source, tmp_path / "target", how, "--verify")
+    assert result.returncode == 1 and "was not written as it should be" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, limit, file",
+    [
+        (["--copy"], 100_000, "package/model-00001-of-"),
+        (["--to-single"], 100_000, "package/model.safetensors: "),
+        ([], 60_000, "package/modeling_step3.py: "),
+        ([], 6_000, "package/configuration_step3.py: "),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(source, tmp_path, options, limit, file):
+    command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", source, tmp_path / "target", *options]
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith(f"{tmp_path}/target.partial/{file}"), result.stderr
+    assert "File too large" in last
+    converted(source, tmp_path / "target", *options)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "fp8"])
@@ -349,11 +465,11 @@ def test_finished_shards_are_kept_and_other_runs_refused(source, tmp_path, monke
     def stop_at_second_shard(path, *rest):
         if "-00002-" in path.name:
             raise KeyboardInterrupt
-        write(path, *rest)
+        write_shard(path, *rest)
 
-    write = convert_checkpoint.write
+    write_shard = convert_checkpoint.write_shard
     with monkeypatch.context() as patch:
-        patch.setattr(convert_checkpoint, "write", stop_at_second_shard)
+        patch.setattr(convert_checkpoint, "write_shard", stop_at_second_shard)
         result = convert(source, target, *options)
     assert result.returncode == 130 and "the same command goes on" in result.stderr and not target.exists()
     first = first_file(whole).name

@@ -11,9 +11,14 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
+import convert_checkpoint
+import push_to_hub
 import pytest
+from checkpoint_files import Step3TextConfig, Step3VLConfig
 from conftest import ROOT, run
+from safetensors.torch import load_file, save_file
 
 
 REPO = "someone/step3-variant"
@@ -146,8 +151,7 @@ def push(hub, tmp_path):
 @pytest.fixture
 def directory(random_model_dir, tmp_path) -> Path:
     target = tmp_path / "model"
-    result = run("convert_checkpoint.py", random_model_dir, target, "--max-shard-size", "300KB", "--verify")
-    assert result.returncode == 0, result.stderr
+    assert convert_checkpoint.main([str(random_model_dir), str(target), "--max-shard-size", "300KB", "--verify"]) == 0
     return target
 
 
@@ -174,7 +178,7 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path):
     card = hub.files()["README.md"].decode()
     for line in ("library_name: transformers", "pipeline_tag: image-text-to-text", "license: apache-2.0"):
         assert line in card
-    assert "base_model: stepfun-ai/step3" in card
+    assert "base_model" not in card  # it was made from nothing
     usage = card.split("```python\n")[1].split("```")[0]
     code = "import sys, torch; from transformers import AutoModelForImageTextToText as A\n"
     code += "load = lambda name: A.from_pretrained(name, trust_remote_code=True)(torch.arange(20)[None]).logits\n"
@@ -207,6 +211,80 @@ def test_a_card_is_completed_not_replaced(hub, push, directory):
     card = hub.files()["README.md"].decode()
     assert "license: mit" in card and "base_model: someone/else" in card and "# Mine\n\nMy words." in card
     assert "library_name: transformers" in card and "trust_remote_code=True" in card
+
+
+def test_the_base_is_named_where_it_is_known(push, directory):
+    assert push_to_hub.base_model_of(SimpleNamespace(config=Step3VLConfig())) == "stepfun-ai/step3"
+    assert push_to_hub.base_model_of(SimpleNamespace(config=Step3TextConfig())) == "stepfun-ai/step3"
+    assert push_to_hub.base_model_of(SimpleNamespace(config=Step3VLConfig.from_pretrained(directory))) is None
+    assert push(directory, REPO, "--base-model", "someone/base").returncode == 0
+    assert "base_model: someone/base" in (directory / "README.md").read_text()
+
+
+@pytest.mark.parametrize("header", ["license: [mit", "- mit", "1: mit", "model-index: 5", "license: \x01", "a: \udcff"])
+def test_a_broken_header_is_one_fault(directory, capsys, header):
+    (directory / "README.md").write_bytes(f"---\n{header}\n---\n# Mine\n".encode(errors="surrogateescape"))
+    assert push_to_hub.main([str(directory), REPO, "--dry-run"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("README.md: its YAML header cannot be read: "), lines
+
+
+@pytest.mark.parametrize("repo_id", ["noslash", "a/b/c", ".a/b", "a/b.git", "a/b--c", "a/", "/b", "a/b c", ""])
+def test_a_malformed_id_is_refused(capsys, repo_id):
+    assert push_to_hub.main(["nothing", repo_id, "--dry-run"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{repo_id}: "), lines
+
+
+# With a bar in each, so that what looks for secrets finds none here.
+SECRETS = {
+    "hf_|aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": "a Hugging Face token",
+    "github_pat|_11AAAAAAA0aaaaaaaaaaaa_bbbbbbbbbbbbbbbbbb": "a GitHub token",
+    "ghp|_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": "a GitHub token",
+    "glpat|-aaaaaaaaaaaaaaaaaaaa": "a GitLab token",
+    "AIza|SyAaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": "a Google API key",
+    "xoxb|-123456789012-aaaaaaaa": "a Slack token",
+    "AKIA|AAAAAAAAAAAAAAAA": "an AWS key",
+    "aws_secret_access_key = aaaaaaaaaaaaaaaaaaaa/|aaaaaaaaaaaaaaaaaaa": "an AWS key",
+    "WANDB_API_KEY=0123456789abcdef0123|456789abcdef01234567": "a W&B API key",
+    "sk-proj-|aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": "an API key",
+    "eyJhbGciOiJIUzI1NiJ9.|eyJzdWIiOiIxMjM0In0.aaaaaaaaaaaaaaaa": "a JSON web token",
+    "https://me:word|@example.org/x": "a password in a URL",
+    "-----BEGIN RSA PRIV|ATE KEY-----": "a private key",
+    "/home/|me/model": "a path on a machine",
+    "C:\\Users|\\me\\model": "a path on a machine",
+}
+
+
+def test_secrets_are_found_wherever_they_are(directory, capsys):
+    secrets = [text.replace("|", "") for text in SECRETS]
+    (directory / "README.md").write_text("\n".join(secrets))
+    path = sorted(directory.glob("*.safetensors"))[0]
+    save_file(load_file(path), path, metadata={"format": "pt", "made by": secrets[0], "from": "/Users/me/base"})
+    for name, key in {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}.items():
+        settings = json.loads((directory / name).read_text()) | {key: "/data/base"}
+        (directory / name).write_text(json.dumps(settings))
+    generation = json.loads((directory / "generation_config.json").read_text()) | {"base": "/root/base"}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    assert push_to_hub.main([str(directory), REPO, "--dry-run"]) == 1
+    found = capsys.readouterr().err.splitlines()
+    expected = [f"README.md: line {number} looks like {kind}." for number, kind in enumerate(SECRETS.values(), start=1)]
+    places = ["config.json: line 1", "generation_config.json: line 1", "tokenizer_config.json: line 1"]
+    expected += [f"{place} looks like a path on a machine." for place in [*places, f"{path.name}: metadata 'from'"]]
+    expected.append(f"{path.name}: metadata 'made by' looks like a Hugging Face token.")
+    assert sorted(found) == sorted(expected)
+
+
+def test_what_is_no_secret_goes_up(tmp_path, capsys):
+    assert convert_checkpoint.main([str(ROOT / "checkpoints" / "step3-tiny"), str(tmp_path / "tiny")]) == 0
+    assert push_to_hub.main([str(tmp_path / "tiny"), REPO, "--dry-run"]) == 0, capsys.readouterr()
+    for line in (
+        "https://wandb.ai/me/project/runs/a1b2c3d4 at 0123456789abcdef0123456789abcdef01234567",
+        "https://example.org:8000/@me",
+        "risk-adjusted-returns-of-many-and-various-portfolios",
+        '{"_name_or_path": "stepfun-ai/step3", "text": "/home/ and /Users/"}',
+    ):
+        assert not [kind for kind, pattern in push_to_hub.SECRETS.items() if re.search(pattern, line)], line
 
 
 def test_everything_that_must_not_go_up_is_named(hub, push, directory):
