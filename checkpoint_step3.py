@@ -222,6 +222,21 @@ def has_linear_experts(model: nn.Module) -> bool:
     return any(isinstance(module, LinearExperts) for module in model.modules())
 
 
+def refuse_other_adapters(model: nn.Module, keys) -> None:
+    """
+    Looks at the `unexpected_keys` of what was loaded into a model.
+
+    Raises:
+        `ValueError`: if they are of adapters for experts that are built in another way than the model's.
+    """
+    if getattr(model, "peft_config", None) and any(".moe." in name for name in keys.unexpected_keys):
+        implementation = "eager" if has_linear_experts(model) else "linear"
+        raise ValueError(
+            "The adapter was made for experts that are built in another way: load the model by "
+            f"`from_pretrained(..., experts_implementation={implementation!r})` first."
+        )
+
+
 def wants_linear_experts(config) -> bool:
     """Whether the config asks for a quantisation of `nn.Linear` alone: any but block-fp8, which has stacked experts."""
     settings = getattr(config, "quantization_config", None)
@@ -289,6 +304,7 @@ class Step3Checkpoint:
         if config._experts_implementation is None and wants_linear_experts(config):
             config._experts_implementation = "linear"
         super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_post_hook(refuse_other_adapters)  # which PEFT loads adapters by
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """
@@ -333,6 +349,11 @@ class Step3Checkpoint:
         is_linear = has_linear_experts(model)
         if is_linear and load_config.device_mesh is not None:
             raise ValueError('`experts_implementation="linear"` cannot be split over ranks; use `device_map`.')
+        for module in model.modules():
+            # bitsandbytes would pack 4-bit weights for a CPU in the first forward that needs no gradients; gradients
+            # through packed weights are wrong, and so is what is merged with them or read after saving them.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         with ExitStack() as stack:
             weights = dict(state_dict or {})
             for path in checkpoint_files or ():
@@ -381,6 +402,17 @@ class Step3Checkpoint:
             if experts and all(match["rest"].endswith("_proj.weight") for match in experts):
                 state_dict = read_all(stack_experts(weights, self.config.get_text_config().moe_num_experts))
         return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        """
+        As for any model.
+
+        Raises:
+            `ValueError`: if the adapter is for experts that are built in another way.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        refuse_other_adapters(self, info)
+        return info
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -29,16 +30,11 @@ from step3_vl import Step3VLImageProcessor, Step3VLProcessor
 # What stands for a picture in a text: the others' mark, and the model's own.
 IMAGE_TOKEN = Step3VLProcessor.image_token
 MARK = re.compile(f"<image>|{re.escape(IMAGE_TOKEN)}")
-# Keys whose meaning would be lost without a word, and where it belongs instead.
-LOST_KEYS = {
-    "image": "pictures go into the list `images`",
-    "audios": "Step3 hears no sound",
-    "videos": "Step3 sees no videos",
-    "tools": "Step3's chat template has no tools",
-    "system": 'it is the first of the messages, with the role "system"',
-    "conversations": '`messages` have "role" and "content" in place of "from" and "value"',
-}
-LOST_MESSAGE_KEYS = ("tool_calls", "function_call", "reasoning_content")
+# What other formats write for what Step3 neither sees nor hears.
+OTHER_MARK = re.compile("<(?:video|audio)>")
+# All keys that are read, but for `id`, which says nothing to learn from; anything else would be lost.
+ROW_KEYS, MESSAGE_KEYS, ANSWER_KEYS = ("messages", "images", "id"), ("role", "content"), ("weight", "loss")
+PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 # Faults that are shown; the rest are counted.
 MAX_SHOWN = 20
 # What PIL's readers of twenty formats and the image processor raise for files that are no picture, or a broken or too
@@ -107,6 +103,18 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def check_keys(value: dict, known: tuple[str, ...]) -> None:
+    """
+    Does nothing if whatever else there is beside the `known` keys is empty.
+
+    Raises:
+        `ValueError`: if it is not.
+    """
+    lost = [key for key, entry in value.items() if key not in known and entry not in (None, "", [], {})]
+    if lost:
+        raise ValueError(f"has {', '.join(map(shown, lost))}, and only {', '.join(known)} are taken")
+
+
 def find_picture(reference: object, folder: Path) -> Path | bytes:
     """
     Where a picture is that is referred to by its path, from `folder` or the working directory, or by a `file:` or
@@ -151,20 +159,23 @@ def read_part(part: object) -> str | dict:
     A part of a message as text, or as a picture `{"image": reference}`, with `None` for the next of `images`.
 
     Raises:
-        `ValueError`: if it is neither.
+        `ValueError`: if it is neither, or says more.
     """
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
+        check_keys(part, ("type", "text"))
         return part["text"]
     if kind not in ("image", "image_url"):
         raise ValueError(
             f'a part must be of the type "text", "image" or "image_url", with what it says, got {shown(part)}'
         )
-    keys = [key for key in ("image", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    check_keys(part, ("type", *PICTURE_KEYS))
+    keys = [key for key in PICTURE_KEYS if part.get(key) is not None]
     if len(keys) > 1 or (kind == "image_url" and not keys):
         raise ValueError(f"a part must have one picture, got {' and '.join(keys) or 'none'}")
     reference = part[keys[0]] if keys else None
     if isinstance(reference, dict):
+        check_keys(reference, ("url",))
         reference = reference.get("url", "")
     if keys == ["base64"] and isinstance(reference, str):
         reference = f"data:image/;base64,{reference}"
@@ -181,15 +192,19 @@ def read_content(content: object) -> list[str | dict]:
     if not isinstance(content, (str, list)):
         raise ValueError(f"`content` must be text or a list of parts, got {shown(content)}")
     pieces = []
-    for part in [content] if isinstance(content, str) else map(read_part, content):
-        if isinstance(part, dict):
-            pieces.append(part)
+    # Texts side by side are one, as the chat template writes them: a mark or a token may lie on their border.
+    for kind, parts in groupby([content] if isinstance(content, str) else map(read_part, content), type):
+        if kind is dict:
+            pieces += parts
             continue
+        text = "".join(parts)
         try:
-            part.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise ValueError("has half of a surrogate pair in its text") from None
-        first, *others = MARK.split(part)
+        if mark := OTHER_MARK.search(text):
+            raise ValueError(f"has {mark[0]} in its text, and only pictures are taken")
+        first, *others = MARK.split(text)
         pieces += [first, *(piece for text in others for piece in ({"image": None}, text))]
     return [piece for piece in pieces if piece != ""]
 
@@ -223,9 +238,10 @@ def read_conversation(line: bytes, folder: Path, place: str, fault: Callable[[st
         row = read_json(line)
     except ValueError as error:
         return fault(str(error))
-    for key, advice in LOST_KEYS.items():
-        if row.get(key):
-            report(f"has `{key}`: {advice}")
+    try:
+        check_keys(row, ROW_KEYS)
+    except ValueError as error:
+        report(str(error))
     given, rows = row.get("images"), row.get("messages")
     given = [] if given is None else given
     if not isinstance(given, list):
@@ -249,10 +265,8 @@ def read_conversation(line: bytes, folder: Path, place: str, fault: Callable[[st
             if (role == "user") != is_users_turn:
                 report(f"{here}: it is the {'user' if is_users_turn else 'assistant'}'s turn")
             is_users_turn = role == "assistant"
-        for key in LOST_MESSAGE_KEYS:
-            if message.get(key):
-                report(f"{here}: has `{key}`, which Step3's chat template would leave out")
         try:
+            check_keys(message, MESSAGE_KEYS + ANSWER_KEYS * (role == "assistant"))
             pieces = read_content(message.get("content"))
             learned.append(role == "assistant" and is_weighted(message))
         except ValueError as error:
@@ -272,9 +286,10 @@ def read_conversation(line: bytes, folder: Path, place: str, fault: Callable[[st
         messages.append({"role": role, "content": parts})
 
     if num_marks != len(given):
-        report(f"has {len(given)} in `images`, and {num_marks} marks such as <image> for them")
+        if not is_faulty:
+            report(f"has {len(given)} in `images`, and {num_marks} marks such as <image> for them")
         references = [reference for reference in references if reference is not None]
-    if "assistant" not in [message["role"] for message in messages]:
+    if "assistant" not in [message["role"] for message in rows]:
         report("has no assistant's message, from which the model would learn")
     elif not is_users_turn:
         report("ends with the user's message, which has no answer")

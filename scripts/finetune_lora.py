@@ -9,6 +9,7 @@ of the data looks like. All of them are checked before the model is loaded.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import random
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,6 +35,7 @@ from conversations import (
 from datasets import Dataset
 from make_random_model import save_whole
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -65,6 +68,8 @@ TARGET_NAMES = (*TARGETS, "vocabulary")
 RATE, WIDTH, EXPONENT = 5e-4, 2000, 0.78
 # Without a file of its own, one conversation of so many is kept for evaluation, and at most so many in all.
 HELD_OUT, MAX_HELD_OUT = 20, 200
+# Beyond any training, and small enough to reckon with.
+MOST = 10**6
 # Answers shown at each evaluation, and tokens that an answer may be longer than the right one.
 NUM_SHOWN, MORE_TOKENS = 3, 16
 WARMUP = 0.03  # of all steps
@@ -207,7 +212,11 @@ def prepare_data(
 
 
 def train(
-    arguments: argparse.Namespace, data: list[Conversation], evaluation: list[Conversation], processor: Step3VLProcessor
+    arguments: argparse.Namespace,
+    settings: dict,
+    data: list[Conversation],
+    evaluation: list[Conversation],
+    processor: Step3VLProcessor,
 ) -> None:
     """Trains from the start or the last whole checkpoint, and puts what was learned into OUTPUT/adapter."""
     quantization_config = None
@@ -265,6 +274,9 @@ def train(
         callbacks=[AskQuestions(collator, numbers[1][: arguments.ask], arguments.batch_size)] if evaluation else None,
     )
     if trainer.is_world_process_zero():
+        unfinished = arguments.output / f".{SETTINGS}"
+        unfinished.write_text(json.dumps(settings, indent=2))
+        unfinished.replace(arguments.output / SETTINGS)
         trainer.model.print_trainable_parameters()
     # The state is the last that is written of a checkpoint.
     saved = [path.parent for path in arguments.output.glob("checkpoint-*/trainer_state.json")]
@@ -276,6 +288,7 @@ def train(
             whole = Path(unfinished) / "adapter"
             shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(*TRAINING_STATE))
             whole.rename(arguments.output / "adapter")
+        (arguments.output / "README.md").unlink(missing_ok=True)  # TRL's, which is not true of this model
 
 
 def merge(arguments: argparse.Namespace, processor: Step3VLProcessor) -> None:
@@ -326,13 +339,14 @@ def finetune(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{arguments.model} is quantised: make a plain one with scripts/convert_checkpoint.py --dtype bfloat16"
         )
-    if PartialState().is_main_process:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        unfinished = arguments.output / f".{SETTINGS}"
-        unfinished.write_text(json.dumps(settings, indent=2))
-        unfinished.replace(arguments.output / SETTINGS)
+    if arguments.rank > config.get_text_config().hidden_size:
+        raise ValueError(f"--rank must be at most the model's width, {config.get_text_config().hidden_size}")
+    if PartialState().is_main_process:  # a run that was killed leaves half a model
+        for unfinished in (*arguments.output.glob(".adapter-*"), *arguments.output.glob(".merged-*")):
+            shutil.rmtree(unfinished)
     if not (arguments.output / "adapter").exists():
-        train(arguments, data, evaluation, processor)
+        train(arguments, settings, data, evaluation, processor)
+        gc.collect()  # the model and its trainer, which refer to each other
     if arguments.merge and PartialState().is_main_process:
         merge(arguments, processor)
 
@@ -344,9 +358,35 @@ def target_list(text: str) -> list[str]:
     return [name for name in TARGET_NAMES if name in names]
 
 
+def number(kind: type, most: float = MOST, above: float = 0) -> Callable[[str], float]:
+    """What reads an option that is an `int` or a `float` above one number and at most another."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not above < value <= most:
+            raise argparse.ArgumentTypeError(f"must be above {above} and at most {most}, got {text}")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse names
+    return read
+
+
+def save_steps(text: str) -> float:
+    value = number(float)(text)
+    if value > 1 and value % 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, or a share of all steps, got {text}")
+    return value
+
+
+def model_name(text: str) -> str:
+    """A hub id as it is; a directory in full, as the adapter will name it elsewhere."""
+    return str(Path(text).resolve()) if Path(text).is_dir() else text
+
+
 def main() -> None:
+    count = number(int)
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("model", help="directory or hub id")
+    parser.add_argument("model", type=model_name, help="directory or hub id")
     parser.add_argument("data", type=Path, help="conversations to learn from, one in each line")
     parser.add_argument("output", type=Path, help="where everything goes; must not exist yet")
     parser.add_argument(
@@ -361,31 +401,40 @@ def main() -> None:
     parser.add_argument("--4bit", dest="four_bit", action="store_true", help="QLoRA: load the weights as 4-bit nf4")
     parser.add_argument("--bf16", action="store_true", help="load the weights as bfloat16 (default: as stored)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: %(default)s)")
-    parser.add_argument("--epochs", type=float, default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="on each process (default: %(default)s)")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="batches in a step (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="(default: by the model's width)")
+    parser.add_argument("--rank", type=count, default=16, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--epochs", type=number(float), default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=8, help="on each process (default: %(default)s)")
     parser.add_argument(
-        "--max-length", type=int, help="longest conversation in tokens (default: the model's positions)"
+        "--gradient-accumulation", type=count, default=1, help="batches in a step (default: %(default)s)"
+    )
+    parser.add_argument("--learning-rate", type=number(float, most=1), help="(default: by the model's width)")
+    parser.add_argument(
+        "--max-length", type=count, help="longest conversation in tokens (default: the model's positions)"
     )
     parser.add_argument(
-        "--ask", type=int, default=32, help="held-out questions at an evaluation (default: %(default)s)"
+        "--ask", type=count, default=32, help="held-out questions at an evaluation (default: %(default)s)"
     )
     parser.add_argument(
-        "--save-steps", type=float, default=0.25, help="save and evaluate after so many, or this share (default: 0.25)"
+        "--save-steps",
+        type=save_steps,
+        default=0.25,
+        help="save and evaluate after so many, or this share (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=number(int, 2**32 - 1, above=-1), default=0, help="(default: %(default)s)")
     arguments = parser.parse_args()
-    for name in ("rank", "epochs", "batch_size", "gradient_accumulation", "learning_rate", "max_length", "ask"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if arguments.four_bit and not is_bitsandbytes_available():
         parser.error("--4bit needs bitsandbytes: pip install bitsandbytes")
     try:
         finetune(arguments)
-    except (BadData, OSError, ValueError) as error:
+    except (BadData, FileExistsError, FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writing of files
+            raise
+        is_interrupted = isinstance(error, KeyboardInterrupt)
+        reason = "interrupted" if is_interrupted else f"a file could not be read or written: {error}"
+        hint = ": go on with --resume" if (arguments.output / SETTINGS).exists() else ""
+        parser.exit(130 if is_interrupted else 2, f"\n{parser.prog}: {reason}{hint}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 import base64
+import gc
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from io import BytesIO
 
 import pytest
@@ -13,6 +17,7 @@ from conftest import ROOT, run
 pytest.importorskip("peft")
 pytest.importorskip("trl")
 
+import finetune_lora
 import torch
 from conversations import check_pictures, check_tokens, read_conversations
 from describe import TINY
@@ -20,7 +25,7 @@ from draw_scene import draw_scene
 from finetune_lora import Collator
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 
 pytestmark = pytest.mark.releases
@@ -28,8 +33,8 @@ OPTIONS = ("--target", "attention,mlp,experts", "--epochs", 5, "--save-steps", 1
 QUESTION, ANSWER = "What is there?", "Yes, a star."
 
 
-def user(content) -> dict:
-    return {"role": "user", "content": content}
+def user(content, **more) -> dict:
+    return {"role": "user", "content": content, **more}
 
 
 def assistant(content, **more) -> dict:
@@ -62,7 +67,7 @@ def trained(folder):
 
 def finetune(folder, output, *options):
     data = (folder / "train.jsonl", folder / output, "--eval", folder / "test.jsonl")
-    return run("finetune_lora.py", TINY, *data, *options)
+    return run("finetune_lora.py", TINY.relative_to(ROOT), *data, *options)
 
 
 def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
@@ -86,7 +91,6 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
         ({"messages": [*good, user("And?")]}, "ends with the user's message"),
         ({"messages": [user("\ud800"), assistant("Two.")]}, "half of a surrogate pair"),
         ({"messages": [user([{"type": "video", "video": "a.mp4"}]), assistant("Two.")]}, "a part must be of the type"),
-        ({"messages": good, "tools": [1]}, "has `tools`"),
         *(
             ({"messages": [user("<image>"), assistant("Two.")], "images": [name]}, message)
             for name, message in [
@@ -110,10 +114,68 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def with_part(**part) -> dict:
+    return {"messages": [user([part, {"type": "text", "text": "One?"}]), assistant("Two.")], "images": ["0.png"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        *(
+            ({"messages": [user("Hello."), assistant("Two.")], key: value}, f'has "{key}", and only messages, ')
+            for key, value in [
+                ("tools", [1]),
+                ("videos", ["a.mp4"]),
+                ("objects", {"bbox": [[1, 2, 3, 4]]}),
+                ("rejected_response", "No."),
+                ("rejected", [assistant("No.")]),
+                ("label", False),
+            ]
+        ),
+        *(
+            ({"messages": [user("Hello."), assistant("Two.", **{key: value})]}, f'(assistant): has "{key}", and only')
+            for key, value in [("reasoning", "1 + 1"), ("thinking", "1 + 1"), ("loss_scale", 0.0)]
+        ),
+        ({"messages": [user("<image>?", images=["0.png"]), assistant("Two.")]}, '(user): has "images", and only role,'),
+        ({"messages": [user("Hello.", loss=True), assistant("Two.")]}, '(user): has "loss", and only role,'),
+        ({"messages": [user("<video>One?"), assistant("Two.")]}, "(user): has <video> in its text"),
+        ({"messages": [user([{"type": "text", "text": "?", "image": "0.png"}]), assistant("2")]}, 'has "image", and'),
+        (with_part(type="image", max_pixels=9), 'has "max_pixels", and only'),
+        (with_part(type="image", source="0.png"), 'has "source", and only'),
+        (with_part(type="image_url", image_url={"url": "0.png", "detail": "low"}), 'has "detail", and only url'),
+    ],
+)
+def test_nothing_in_a_line_is_lost(folder, tmp_path, row, message):
+    faults = []
+    assert not read_conversations(write_lines(folder / "lost.jsonl", [row]), faults)
+    assert len(faults) == 1 and faults[0].startswith(f"{folder / 'lost.jsonl'}:1: ") and message in faults[0], faults
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--seed", value) for value in ("-1", str(2**32), "0.5")),
+        *(("--epochs", value) for value in ("inf", "nan", "0", "1e300")),
+        *(("--save-steps", value) for value in ("inf", "nan", "0", "-1", "1.5")),
+        *(("--learning-rate", value) for value in ("inf", "nan", "0", "2")),
+        *(("--rank", value) for value in ("0", "129", "1000000000")),
+        *((option, "0") for option in ("--batch-size", "--gradient-accumulation", "--max-length", "--ask")),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(folder, tmp_path, monkeypatch, capsys, option, value):
+    command = ["finetune_lora.py", str(TINY), str(folder / "train.jsonl"), str(tmp_path / "out"), option, value]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        finetune_lora.main()
+    assert stopped.value.code == 2 and option in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_only_a_tokenizer_tells(folder, tmp_path):
     rows = [
         {"messages": [user("<image>" * 3), assistant("Two.")], "images": [str(folder / "1.png")] * 3},
         {"messages": [user("Hello.<|EOT|>"), assistant("Two.")]},
+        {"messages": [user([{"type": "text", "text": text} for text in ("<|EO", "T|>")]), assistant("Two.")]},
         {"messages": [user("Hello."), assistant("Two.")]},
     ]
     data, faults, processor = write_lines(tmp_path / "data.jsonl", rows), [], AutoProcessor.from_pretrained(TINY)
@@ -125,6 +187,7 @@ def test_what_only_a_tokenizer_tells(folder, tmp_path):
     assert faults == [
         f"{data}:1: has {length} tokens, and at most {length - 1} are taken",
         f"{data}:2: has the special token <|EOT|> in its text",
+        f"{data}:3: has the special token <|EOT|> in its text",
     ]
 
 
@@ -135,13 +198,11 @@ def test_labels_are_the_assistants_words(folder, tmp_path):
     uri = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
     answers = ["\n\nTwo.", "At the left, a star.\n", "assistant\nNo."]
     marks = [user("<image>One?<image>"), assistant(answers[0]), user("\nAnd?"), assistant(answers[1])]
-    parts = [
-        user([{"type": "image"}, {"type": "text", "text": "One?"}, {"type": "image_url", "image_url": {"url": uri}}]),
-        *marks[1:],
-    ]
+    question = [{"type": "text", "text": text} for text in ("<im_", "patch>On", "e?")]
+    parts = [user([*question, {"type": "image_url", "image_url": {"url": uri}, "text": None}], tools=[]), *marks[1:]]
     rows = [
         {"messages": [{"role": "system", "content": "Hello."}, *marks], "images": [str(folder / "0.png"), uri]},
-        {"messages": [{"role": "system", "content": "Hello."}, *parts], "images": [str(folder / "0.png")]},
+        {"id": 1, "messages": [{"role": "system", "content": "Hello."}, *parts], "images": [str(folder / "0.png")]},
         {"messages": [user("One?"), assistant("Two.", weight=0), user("Is there?"), assistant(answers[2])]},
     ]
     faults, processor = [], AutoProcessor.from_pretrained(TINY)
@@ -172,6 +233,9 @@ def test_it_learns_and_merges_into_the_released_layout(trained, folder):
     assert not any(name.startswith("vision") or "norm" in name or "embed" in name for name in changed)
     config = (json.loads((path / "config.json").read_text()) for path in (TINY, merged))
     assert next(config)["text_config"] == next(config)["text_config"]
+    assert not (folder / "trained" / "README.md").exists()  # TRL's, of a model without a name
+    adapter = json.loads((folder / "trained" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(TINY.resolve())
     assert run("convert_checkpoint.py", merged, "--check").returncode == 0
     answer = run("describe.py", folder / "50.png", "--prompt", QUESTION, "--model", merged)
     assert answer.stdout.strip() == ANSWER
@@ -188,16 +252,66 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(trained, folder):
     for name in ("adapter", "merged"):
         shutil.rmtree(stopped / name)
     (stopped / "checkpoint-30" / "trainer_state.json").unlink()
+    for name in (".adapter-1", ".merged-1"):  # as a run leaves them that is killed
+        shutil.copytree(folder / "trained" / "merged", stopped / name)
     other = finetune(folder, "stopped", *OPTIONS, "--resume", "--rank", 4)
     assert other.returncode == 2 and "began with another rank" in other.stderr
     assert "exists already" in finetune(folder, "stopped", *OPTIONS).stderr
     result = finetune(folder, "stopped", *OPTIONS, "--resume")
     assert result.returncode == 0, result.stderr
+    assert not list(stopped.glob(".*"))
     reports = [line for line in result.stdout.splitlines() if line.startswith("after step")]
     assert len(reports) == 2 and reports[0].startswith("after step 15:") and reports[1].startswith("after step 30: 12")
     for name, weight in adapter_of(folder / "trained").items():
         torch.testing.assert_close(adapter_of(stopped)[name], weight)
     assert "is finished" in finetune(folder, "stopped", *OPTIONS, "--resume").stderr
+
+
+@pytest.mark.parametrize("limit", [2**16, 2**20], ids=["adapter", "optimizer"])
+def test_a_full_disk_and_how_to_go_on_are_told_in_a_line(folder, tmp_path, limit):
+    """A file that may not grow stands for the disk."""
+    command = [sys.executable, ROOT / "scripts" / "finetune_lora.py", TINY, folder / "train.jsonl", tmp_path / "full"]
+    result = subprocess.run(
+        [*map(str, command), *map(str, OPTIONS)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert any(
+        line.startswith("finetune_lora.py: a file could not be") and line.endswith(": go on with --resume")
+        for line in result.stderr.splitlines()
+    )
+
+
+def test_an_interrupted_training_says_how_to_go_on(folder, tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "finetune_lora.py", TINY, folder / "train.jsonl"]
+    command += [tmp_path / "stopped", "--epochs", "1000"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "stopped" / "settings.json").exists():
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "finetune_lora.py: interrupted: go on with --resume" in errors.splitlines()
+
+
+def test_the_trained_model_is_gone_before_the_merged_one_is_made(folder, tmp_path, monkeypatch):
+    def models() -> int:
+        return sum(issubclass(type(value), PreTrainedModel) for value in gc.get_objects())
+
+    found = []
+    monkeypatch.setattr(finetune_lora, "merge", lambda *_: found.append(models()))
+    command = ["finetune_lora.py", str(TINY), str(folder / "test.jsonl"), str(tmp_path / "out"), "--merge"]
+    monkeypatch.setattr(sys, "argv", command)
+    gc.collect()
+    before = models()
+    gc.disable()  # it may happen by itself, or not
+    try:
+        finetune_lora.main()
+    finally:
+        gc.enable()
+    assert found == [before]
 
 
 def test_two_processes_learn_what_one_does(trained, folder):
@@ -227,7 +341,8 @@ def test_vocabulary_and_vision_are_trained_and_merged(folder):
 
 def test_four_bits_reach_the_experts_and_are_merged_into_the_released_layout(folder):
     pytest.importorskip("bitsandbytes")
-    result = finetune(folder, "four", *OPTIONS, "--4bit", "--merge", "--ask", 4)
+    targets = ("--target", "attention,mlp,experts,vision")
+    result = finetune(folder, "four", *OPTIONS, *targets, "--4bit", "--merge", "--ask", 4)
     assert result.returncode == 0, result.stderr
     assert "after step 30: 4 of 4" in result.stdout
     assert any(".moe.experts.7.up_proj." in name for name in adapter_of(folder / "four"))

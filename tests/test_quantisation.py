@@ -150,11 +150,31 @@ def test_experts_are_quantised_too(tmp_path, processor, scenes, package, make_co
     assert share_right(model, processor, scenes) >= 0.95
     if not is_saved:
         return
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     again, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     assert bytes_of_experts(again) == bytes_of_experts(model)
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again), expected) and torch.equal(logits(model), expected)
+
+
+def test_four_bits_after_a_forward_have_right_gradients_and_are_merged(processor, scenes):
+    """bitsandbytes packs weights for some CPUs, unless it is kept from it."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=settings)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*\.(wq|o_proj)|.*experts.*_proj")).eval()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+    before = gradients()
+    logits(model)
+    assert before and all(map(torch.equal, gradients(), before))
+    assert share_right(model.merge_and_unload(), processor, scenes) >= 0.95
 
 
 def save_compressed(directory, number_type: str) -> None:
@@ -220,3 +240,27 @@ def test_adapters_reach_linear_experts(tmp_path):
     merged.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
     assert_close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("how", ["PEFT", "transformers"])
+@pytest.mark.parametrize("made_for", ["linear", "eager"])
+def test_an_adapter_for_other_experts_is_refused(tmp_path, made_for, how):
+    peft = pytest.importorskip("peft")
+
+    def load(implementation):
+        return AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=implementation)
+
+    def adapt(model):
+        if how == "PEFT":
+            return peft.PeftModel.from_pretrained(model, tmp_path)
+        model.load_adapter(tmp_path)
+        return model
+
+    targets = {"target_modules": r".*\.wq|.*\.experts\.\d+\.\w+_proj"}
+    if made_for == "eager":
+        targets = {"target_modules": ["wq"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapted = peft.get_peft_model(load(made_for), peft.LoraConfig(**targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    assert_close(logits(adapt(load(made_for))), logits(adapted))
+    with pytest.raises(ValueError, match=f"experts_implementation='{made_for}'"):
+        adapt(load("linear" if made_for == "eager" else "eager"))
