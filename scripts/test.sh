@@ -16,7 +16,7 @@ constraints=scripts/constraints.txt
 extras=test,notebook,serve,export
 if [ -n "$tuning" ]; then
   extras=test,finetune,quantize
-  set -- tests/test_finetune.py tests/test_quantisation.py "$@"
+  set -- tests/test_finetune.py tests/test_quantisation.py tests/test_processing_step3.py "$@"
 fi
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
