@@ -1,22 +1,12 @@
-# Copyright 2026 The Step3-VL for Hugging Face authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Configurations of Step3-VL: the vision encoder, the text decoder and the two together; and what fits them.
 
 Every default is the released 321 B model (https://huggingface.co/stepfun-ai/step3), and the fields keep the spelling of
 its `config.json`, so that what is saved here also reads in the serving engines. `attribute_map` adds the names that the
 rest of transformers looks for.
 """
+
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+# SPDX-License-Identifier: Apache-2.0
 
 import importlib
 import inspect

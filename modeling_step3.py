@@ -1,21 +1,11 @@
-# Copyright 2026 The Step3-VL for Hugging Face authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, behind a vision encoder.
 
-Read from top to bottom, in the order data flows: the text decoder, the vision encoder, the two together, the
-language-model heads with what generation asks of them, and how a model is split over ranks.
+Read from top to bottom, in the order data flows: linear layers, the text decoder, the vision encoder, the two together,
+the language-model heads; then the checks of inputs, and how a model is split over ranks.
 """
+
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+# SPDX-License-Identifier: Apache-2.0
 
 import math
 from collections.abc import Callable, Iterable
@@ -70,129 +60,6 @@ if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's 
 
 
 logger = logging.get_logger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks of inputs: what would be a wrong answer, or a cache that is written to before torch finds the fault
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
-    """
-    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
-    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
-    """
-    if condition.device.type == "meta":
-        return
-    if got is None:
-        torch._assert_async(condition.all(), f"{message}.")
-    elif type(condition) is torch.Tensor:  # a fake tensor has no values
-        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
-
-
-def check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    """Checks that `values` (batch, tokens) lie from 0 to below `limit`; for a single token without waiting."""
-    message = f"`{name}` must lie between 0 and {limit - 1}"
-    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
-    check_values((values >= 0) & (values < limit), message, got)
-
-
-def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
-    """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
-        raise ValueError(
-            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
-            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-        )
-    check_range("input_ids", input_ids, config.vocab_size)
-
-
-def check_inputs(
-    config: Step3TextConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | dict[str, torch.Tensor] | BlockMask | None,
-    position_ids: torch.LongTensor | None,
-    cache: Cache | None,
-) -> None:
-    """
-    Raises a `ValueError`, before the cache is written to, if an argument's shape does not fit the others or the model,
-    or there are more tokens than the cache or the positions allow. A single token's values are not waited for.
-    """
-    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
-            f"{tuple(inputs_embeds.shape)}."
-        )
-    batch_size, num_new, _ = inputs_embeds.shape
-    cached, limits, is_static = 0, [], False
-    if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
-        cached, is_static = cache.get_seq_length(), cache.is_compileable
-        limits.append((cache.get_max_length(), "the cache's", "the cache is full"))
-        if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
-            check_cache(config, cache, batch_size)
-    if position_ids is None and config.longest_sequence is not None:
-        limits.append((config.longest_sequence, "`max_position_embedding`, scaling counted in,", "no position is left"))
-    total = cached + num_new
-    for limit, owner, reason in limits:
-        if limit < 0:  # none
-            continue
-        if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
-            # Without the limit, which in a message would compile anew for each length.
-            check_values(total <= limit, f"There is no room for another token: {reason}")
-        elif total > limit:
-            raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
-
-    if position_ids is not None:  # which count, not the tokens, as rows may be packed
-        shape = tuple(position_ids.shape)
-        if shape not in ((1, num_new), (batch_size, num_new)):
-            raise ValueError(f"`position_ids` must have the tokens' shape, ({batch_size}, {num_new}), got {shape}.")
-        check_range("position_ids", position_ids, config.longest_sequence or torch.iinfo(torch.int32).max)
-
-    mask = attention_mask
-    if isinstance(mask, dict):
-        if "full_attention" not in mask:
-            raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
-        mask = mask["full_attention"]
-    if not isinstance(mask, torch.Tensor):
-        return
-    shape = tuple(mask.shape)
-    if mask.ndim == 2:
-        fits = shape[0] == batch_size and (shape[1] >= num_new if is_static else shape[1] == total)
-    else:
-        fits = mask.ndim == 4 and shape[0] in (1, batch_size) and shape[2] == num_new
-    if not fits:
-        raise ValueError(
-            "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new tokens, keys) "
-            f"for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
-        )
-
-
-def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
-    """Raises a `ValueError` if the cache holds keys of another model or another batch."""
-    filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-    filled = [layer for layer in filled if layer.keys.ndim == 4]
-    num_layers, head_dim = config.num_hidden_layers, config.head_dim
-    shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
-    lengths = {layer.keys.shape[2] for layer in filled}
-    if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
-        raise ValueError(
-            f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of {batch_size} and "
-            f"`head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) {sorted(shapes)} and "
-            f"{sorted(lengths)} tokens."
-        )
-
-
-def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
-    """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
-    shape = tuple(pixel_values.shape)
-    if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
-        raise ValueError(
-            f"Pictures must have the shape (images, {config.num_channels}, side, side), of one at least, got {shape}."
-        )
-    if shape[2] != shape[3] or shape[2] % config.patch_size:
-        raise ValueError(
-            f"Pictures must be square with a side that is a multiple of {config.patch_size} pixels, got {shape}."
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +225,7 @@ class Rewritable:
         """
         Rewrites the loaded model in place, until nothing is left to rewrite. `"step3_qkv"` computes the projections to
         low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both where
-        there are no gradients. Answers are equal but for rounding. Parameters, and so what is saved, stay as they were.
+        there are no gradients. Answers are equal up to rounding. Parameters, and so what is saved, stay as they were.
 
         Raises:
             `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
@@ -1315,7 +1182,7 @@ class Step3LanguageModelHead:
         if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
-    def keep(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
         if positions.is_floating_point() or not 0 < positions.ndim < 3:
             raise ValueError(
@@ -1343,7 +1210,7 @@ class Step3LanguageModelHead:
                         'with `{"use_reentrant": False}`.'
                     )
 
-    def predict(
+    def head_outputs(
         self,
         outputs: MoeModelOutputWithPast,
         labels: torch.LongTensor | None,
@@ -1352,13 +1219,13 @@ class Step3LanguageModelHead:
         output_router_logits: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """A model's output but for its pictures: logits where they are wanted, and the losses that are asked for."""
+        """The logits at `logits_to_keep`, the losses, and what is passed on of the decoder's `outputs`."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
-            hidden_states = self.keep(hidden_states, logits_to_keep)
+            hidden_states = self.select_positions(hidden_states, logits_to_keep)
         logits = apply_linear(self.lm_head, hidden_states)
 
         loss = None
@@ -1453,7 +1320,7 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
             **kwargs,
         )
         return MoeCausalLMOutputWithPast(
-            **self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
+            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
         )
 
 
@@ -1520,9 +1387,132 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             **kwargs,
         )
         return Step3VLCausalLMOutputWithPast(
-            **self.predict(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
+            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks of inputs: what would be a wrong answer, or a cache that is written to before torch finds the fault
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
+    """
+    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
+    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
+    """
+    if condition.device.type == "meta":
+        return
+    if got is None:
+        torch._assert_async(condition.all(), f"{message}.")
+    elif type(condition) is torch.Tensor:  # a fake tensor has no values
+        torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
+
+
+def check_range(name: str, values: torch.Tensor, limit: int) -> None:
+    """Checks that `values` (batch, tokens) lie from 0 to below `limit`; for a single token without waiting."""
+    message = f"`{name}` must lie between 0 and {limit - 1}"
+    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
+    check_values((values >= 0) & (values < limit), message, got)
+
+
+def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
+    """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
+        raise ValueError(
+            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
+            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
+        )
+    check_range("input_ids", input_ids, config.vocab_size)
+
+
+def check_inputs(
+    config: Step3TextConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | BlockMask | None,
+    position_ids: torch.LongTensor | None,
+    cache: Cache | None,
+) -> None:
+    """
+    Raises a `ValueError`, before the cache is written to, if an argument's shape does not fit the others or the model,
+    or there are more tokens than the cache or the positions allow. A single token's values are not waited for.
+    """
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+    batch_size, num_new, _ = inputs_embeds.shape
+    cached, limits, is_static = 0, [], False
+    if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
+        cached, is_static = cache.get_seq_length(), cache.is_compileable
+        limits.append((cache.get_max_length(), "the cache's", "the cache is full"))
+        if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
+            check_cache(config, cache, batch_size)
+    if position_ids is None and config.longest_sequence is not None:
+        limits.append((config.longest_sequence, "`max_position_embedding`, scaling counted in,", "no position is left"))
+    total = cached + num_new
+    for limit, owner, reason in limits:
+        if limit < 0:  # none
+            continue
+        if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
+            # Without the limit, which in a message would compile anew for each length.
+            check_values(total <= limit, f"There is no room for another token: {reason}")
+        elif total > limit:
+            raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
+
+    if position_ids is not None:  # which count, not the tokens, as rows may be packed
+        shape = tuple(position_ids.shape)
+        if shape not in ((1, num_new), (batch_size, num_new)):
+            raise ValueError(f"`position_ids` must have the tokens' shape, ({batch_size}, {num_new}), got {shape}.")
+        check_range("position_ids", position_ids, config.longest_sequence or torch.iinfo(torch.int32).max)
+
+    mask = attention_mask
+    if isinstance(mask, dict):
+        if "full_attention" not in mask:
+            raise ValueError(f"A dictionary of attention masks must hold `full_attention`, got {sorted(mask)}.")
+        mask = mask["full_attention"]
+    if not isinstance(mask, torch.Tensor):
+        return
+    shape = tuple(mask.shape)
+    if mask.ndim == 2:
+        fits = shape[0] == batch_size and (shape[1] >= num_new if is_static else shape[1] == total)
+    else:
+        fits = mask.ndim == 4 and shape[0] in (1, batch_size) and shape[2] == num_new
+    if not fits:
+        raise ValueError(
+            "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new tokens, keys) "
+            f"for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
+        )
+
+
+def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
+    """Raises a `ValueError` if the cache holds keys of another model or another batch."""
+    filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
+    filled = [layer for layer in filled if layer.keys.ndim == 4]
+    num_layers, head_dim = config.num_hidden_layers, config.head_dim
+    shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
+    lengths = {layer.keys.shape[2] for layer in filled}
+    if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
+        raise ValueError(
+            f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of {batch_size} and "
+            f"`head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) {sorted(shapes)} and "
+            f"{sorted(lengths)} tokens."
+        )
+
+
+def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
+    """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
+    shape = tuple(pixel_values.shape)
+    if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
+        raise ValueError(
+            f"Pictures must have the shape (images, {config.num_channels}, side, side), of one at least, got {shape}."
+        )
+    if shape[2] != shape[3] or shape[2] % config.patch_size:
+        raise ValueError(
+            f"Pictures must be square with a side that is a multiple of {config.patch_size} pixels, got {shape}."
         )
 
 
