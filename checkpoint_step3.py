@@ -291,6 +291,7 @@ class Step3Checkpoint:
     keys_of_other_parts: tuple[str, ...] = ()
 
     def __init__(self, config, *args, **kwargs):
+        config.validate()  # fields may have been set since it was made
         if config._experts_implementation is None and wants_linear_experts(config):
             config._experts_implementation = "linear"
         super().__init__(config, *args, **kwargs)

@@ -95,6 +95,13 @@ class Step3SavedWithCode:
 
     carried_auto_map = {}
 
+    def __setattr__(self, key, value):
+        name = self.attribute_map.get(key, key)
+        if name == key:
+            super().__setattr__(key, value)
+        else:  # by the field's own name, under which it is checked
+            setattr(self, name, value)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
         auto_map = dict(getattr(self, "auto_map", None) or {})
@@ -439,6 +446,9 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        of_text = {key: kwargs.pop(key) for key in ("vocab_size", "num_hidden_layers") if key in kwargs}
+        if of_text and not isinstance(self.text_config, PreTrainedConfig):  # which outweighs these
+            self.text_config = {**of_text, **(self.text_config or {})}
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
             value = getattr(self, name)
             if value is None or isinstance(value, dict):

@@ -64,6 +64,13 @@ class BoundedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.num_held + query_length, self.num_dropped
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """As for a dynamic layer. Raises a `ValueError` if tokens would have to be removed that were dropped."""
+        count = -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
+        if count > self.num_held:
+            raise ValueError(f"{count} tokens cannot be removed: {self.num_held} are held, the others were dropped.")
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
         self.num_dropped = 0
@@ -133,6 +140,11 @@ class Step3BoundedCache(Cache):
             self.reclaim(min(self.keep, room))
 
 
+def max_length_of(cache: Cache | None) -> int:
+    """The most tokens that a cache holds, or -1 if it holds any number."""
+    return cache.get_max_length() if isinstance(cache, Cache) and cache.layers else -1
+
+
 class SuppressImageTokens(LogitsProcessor):
     """
     Makes image tokens impossible. transformers' own processor would take the place of a request's `suppress_tokens`,
@@ -149,13 +161,15 @@ class SuppressImageTokens(LogitsProcessor):
 
 
 class CheckFinite(LogitsProcessor):
-    """Remembers whether all logits were finite, without waiting for the device. On a CPU it checks them at once."""
+    """Remembers whether all logits were finite, without waiting for the device. On a CPU it checks them at once. What a
+    request's `sequence_bias` makes infinite is none of it."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.is_finite = model, True
+    def __init__(self, model: PreTrainedModel, has_bias: bool):
+        self.model, self.has_bias, self.is_finite = model, has_bias, True
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        self.is_finite = (scores < torch.inf).all() & self.is_finite  # NaN compares false
+        is_finite = ~scores.isnan() if self.has_bias else scores < torch.inf  # NaN compares false
+        self.is_finite = is_finite.all() & self.is_finite
         if scores.device.type == "cpu":
             self.check()
         return scores
@@ -169,7 +183,7 @@ class CheckFinite(LogitsProcessor):
         cause = f"there are NaN or infinite values in {', '.join(names[:5])}{', ...' * (len(names) > 5)}."
         if not names:
             cause = (
-                f"values overflow {self.model.dtype}, or are so in the inputs; "
+                f"values overflow {self.model.dtype}, or are so in the inputs or in offloaded weights; "
                 "`transformers.debug_utils.DebugUnderflowOverflow(model)` shows in which layer."
             )
         raise RuntimeError(f"The logits are not finite: {cause}")
@@ -194,17 +208,18 @@ class Step3GenerationMixin(GenerationMixin):
             `RuntimeError`: if the logits are not finite.
         """
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        processors = list(logits_processor or [])
+        settings = generation_config or self.generation_config
+        check_finite = CheckFinite(self, bool(kwargs.get("sequence_bias", settings.sequence_bias)))
+        # As an assistant, it gets its main model's processors, too.
+        processors = [processor for processor in logits_processor or [] if not isinstance(processor, CheckFinite)]
         if "image" in self.input_modalities:
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
             pictures = {name: kwargs.pop(name, None) for name in self._picture_inputs}
             kwargs |= self.embed_pictures(pictures, input_ids, cache, kwargs)
             processors.append(SuppressImageTokens(self.config.image_token_id))
-        settings = generation_config or self.generation_config
-        check_finite = CheckFinite(self)
         if not getattr(settings, "is_assistant", False):  # whose proposals its main model bounds and checks
             generation_config, kwargs = self.bound_length(inputs, generation_config, cache, kwargs)
-            processors.append(check_finite)
+            processors.insert(0, check_finite)  # before the caller's own
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         output = super().generate(inputs, generation_config, LogitsProcessorList(processors), *args, **kwargs)
@@ -244,6 +259,8 @@ class Step3GenerationMixin(GenerationMixin):
         is_new = torch.arange(mask.shape[1], device=mask.device) >= cached
         if cached == 0 or (mask & is_new).any():
             features, _ = self.model.collect_features(**pictures)
+            if features is None:  # an empty list
+                return {}
             if features.shape[0] == (mask & is_new).sum():
                 mask = mask & is_new
             embeds = self.model.insert_features(embeds, mask, features)
@@ -259,35 +276,42 @@ class Step3GenerationMixin(GenerationMixin):
 
     def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
         """`generation_config` and `kwargs` for an answer that ends where the positions or the cache end."""
-        names = ("attention_mask", "inputs_embeds", "input_ids")
-        given = [kwargs[name] for name in names if isinstance(kwargs.get(name), torch.Tensor)]
-        given = given or ([inputs] if isinstance(inputs, torch.Tensor) else [])
-        if not given or given[0].ndim < 2:
+        settings = generation_config or self.generation_config
+        candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((given for given in candidates if given is not None), None)
+        mask = kwargs.get("attention_mask")
+        if not isinstance(prompt, torch.Tensor) or prompt.ndim < 2:
             return generation_config, kwargs
-        length = num_positions = given[0].shape[1]
-        if given[0] is kwargs.get("attention_mask") and given[0].ndim == 2:  # padding takes no positions
-            num_positions = int(given[0].sum(-1).max())
+        pad = kwargs.get("pad_token_id", settings.pad_token_id)
+        if mask is None and prompt.ndim == 2 and isinstance(pad, int) and pad != settings.eos_token_id:
+            mask = prompt != pad  # as transformers makes one
+        length = num_positions = prompt.shape[1]
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # which may know of more tokens, and of padding
+            length, num_positions = mask.shape[1], int(mask.sum(-1).max())
         models = [model for model in (self, kwargs.get("assistant_model")) if model is not None]
         limits = [getattr(model.config.get_text_config(), "longest_sequence", None) for model in models]
         rooms = [(limit - num_positions, f"the model's {limit} positions") for limit in limits if limit is not None]
-        if isinstance(cache, Cache) and (limit := cache.get_max_length()) > 0:
-            rooms.append((limit - length + 1, f"the cache's {limit} tokens"))  # the last token is not cached
+        if (limit := max_length_of(cache)) > 0:
+            # The last token is not cached; of the tokens that prompt lookup proposes, all are.
+            proposed = kwargs.get("prompt_lookup_num_tokens", settings.prompt_lookup_num_tokens) or 1
+            rooms.append((limit - length + 2 - proposed, f"the cache's {limit} tokens"))
         room, owner = min(rooms, default=(None, None))
-        settings = generation_config or self.generation_config
-        wanted = kwargs.get("max_new_tokens", settings.max_new_tokens)
+        name, wanted = "max_new_tokens", kwargs.get("max_new_tokens", settings.max_new_tokens)
         if wanted is None:
             # 20 is what transformers generates if nothing is said.
-            wanted = (kwargs.get("max_length", settings.max_length) or length + 20) - length
+            max_length = kwargs.get("max_length", settings.max_length)
+            name, wanted = "max_length", (max_length or prompt.shape[1] + 20) - prompt.shape[1]
         if room is None or wanted <= room:
             return generation_config, kwargs
         if room < 1:
             raise ValueError(f"The prompt has {num_positions} tokens, which leaves none of {owner} for an answer.")
-        logger.warning_once(f"At most {room} tokens are generated, not {wanted}: {owner} leave no room for more.")
+        logger.warning_once(f"No more than {room} tokens are generated, not {wanted}, as {owner} end there.")
+        bound = room + (prompt.shape[1] if name == "max_length" else 0)
         if generation_config is None:
-            return None, {**kwargs, "max_new_tokens": room}
+            return None, {**kwargs, name: bound}
         generation_config = deepcopy(generation_config)
-        generation_config.max_new_tokens = room
-        return generation_config, {name: value for name, value in kwargs.items() if name != "max_new_tokens"}
+        setattr(generation_config, name, bound)
+        return generation_config, {key: value for key, value in kwargs.items() if key != name}
 
     def prepare_inputs_for_generation(
         self,
@@ -333,6 +357,10 @@ class Step3GenerationMixin(GenerationMixin):
                 f"transformers {transformers.__version__} passes {', '.join(sorted(unknown))} to a model that has no "
                 f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
             )
+        limit, positions = self.config.get_text_config().longest_sequence, model_inputs.get("position_ids")
+        if limit is not None and positions is not None and positions.shape[1] > 1:
+            # Prompt lookup may propose tokens beyond the last position, which are cut off the answer.
+            model_inputs["position_ids"] = positions.clamp(max=limit - 1)
         if prompt_embeds is not None and (input_ids := model_inputs["input_ids"]) is not None:
             num_new = input_ids.shape[1]
             if getattr(attention_mask, "ndim", 0) == 2:

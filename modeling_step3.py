@@ -48,7 +48,7 @@ from .configuration_step3 import (
     gathers_uneven_outputs,
     set_on_package,
 )
-from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, one_cache
+from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, max_length_of, one_cache
 
 
 if is_torch_distributed_available():
@@ -327,6 +327,14 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+def not_finite(*states: torch.Tensor) -> torch.Tensor:
+    """0, or NaN if a number is not finite, for each row of `states` (batch, heads, tokens, head_dim), as (batch, 1, 1,
+    1). torch's SDPA on a CPU attends to nothing where scores are NaN, so that a broken weight would go unnoticed."""
+    dtype = torch.promote_types(states[0].dtype, torch.float32)
+    total = sum(state.sum((1, 2, 3), keepdim=True, dtype=dtype) for state in states)
+    return (total * 0).to(states[0].dtype)
+
+
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention, which does not take shared key/value heads as they are. A single query token
@@ -390,6 +398,8 @@ class Step3TextAttention(Fusible):
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
+        is_sdpa_on_cpu = self.config._attn_implementation == "sdpa" and hidden_states.device.type == "cpu"
+        broken = not_finite(query_states, key_states) if is_sdpa_on_cpu else None
         if cache is not None:
             key_states, value_states = cache.update(key_states, value_states, self.layer_idx, kwargs=kwargs)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -407,6 +417,7 @@ class Step3TextAttention(Fusible):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        attn_output = attn_output if broken is None else attn_output + broken
         return apply_linear(self.o_proj, attn_output.reshape(*input_shape, -1)), attn_weights
 
 
@@ -661,7 +672,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         mask = attention_mask.bool()
         if isinstance(cache, Step3BoundedCache):
             mask = mask[:, cache.layers[0].num_dropped :]
-        elif cache is not None and (room := cache.get_max_length()) > 0:  # static: its keys reach beyond these tokens
+        elif (room := max_length_of(cache)) > 0:  # static: its keys reach beyond these tokens
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
@@ -720,7 +731,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
             causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, cache)
         else:
             # It looks for packed rows, told by their positions, only where it is given no cache.
-            is_empty = isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
+            is_empty = isinstance(cache, Cache) and not cache.is_compileable and cache.get_seq_length() == 0
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -820,6 +831,8 @@ class Step3VisionAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             **kwargs,
         )
+        if self.config._attn_implementation == "sdpa" and hidden_states.device.type == "cpu":
+            attn_output = attn_output + not_finite(query_states, key_states)
         return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
@@ -1067,11 +1080,11 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
         features = image_embeds if encoded is None else encoded.pooler_output
-        if features is None:
+        if features is None or (isinstance(features, list | tuple) and not features):
             return None, None
         width = self.config.text_config.hidden_size
         features = [features] if isinstance(features, torch.Tensor) else features
-        for part in features:
+        for part in features if isinstance(features, list | tuple) else [features]:
             if not isinstance(part, torch.Tensor):
                 raise TypeError(f"`image_embeds` must be a tensor or a flat tuple of them, got {type(part).__name__}.")
             if part.ndim < 2 or part.shape[-1] != width:
@@ -1200,15 +1213,22 @@ class Step3LanguageModelHead:
             return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
         return hidden_states[:, positions]
 
-    def check_checkpointing_keeps_gradients(self) -> None:
+    def check_router_gradients(self, outputs: MoeModelOutputWithPast) -> None:
         """Raises a `ValueError` under reentrant checkpointing, where router logits are recorded without gradients."""
-        for layer in self.modules():
-            if isinstance(layer, Step3TextDecoderLayer) and layer.gradient_checkpointing:
-                if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-                    raise ValueError(
-                        "The load-balancing loss has no gradient under reentrant checkpointing: turn checkpointing on "
-                        'with `{"use_reentrant": False}`.'
-                    )
+        if any(logits.requires_grad for logits in outputs.router_logits):
+            return
+        layers = [module for module in self.modules() if isinstance(module, Step3TextDecoderLayer)]
+        is_trained = any(layer.moe.gate.weight.requires_grad for layer in layers if layer.is_moe)
+        is_reentrant = any(
+            getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
+            for layer in layers
+            if layer.gradient_checkpointing
+        )
+        if is_trained or (is_reentrant and outputs.last_hidden_state.requires_grad):
+            raise ValueError(
+                "The load-balancing loss has no gradient under reentrant checkpointing: turn checkpointing on with "
+                '`{"use_reentrant": False}`.'
+            )
 
     def head_outputs(
         self,
@@ -1249,7 +1269,7 @@ class Step3LanguageModelHead:
                 outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
             )
             if text_config.router_aux_loss_coef and self.training and torch.is_grad_enabled():
-                self.check_checkpointing_keeps_gradients()
+                self.check_router_gradients(outputs)
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return {
@@ -1448,7 +1468,7 @@ def check_inputs(
     cached, limits, is_static = 0, [], False
     if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
         cached, is_static = cache.get_seq_length(), cache.is_compileable
-        limits.append((cache.get_max_length(), "the cache's", "the cache is full"))
+        limits.append((max_length_of(cache), "the cache's", "the cache is full"))
         if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
             check_cache(config, cache, batch_size)
     if position_ids is None and config.longest_sequence is not None:
