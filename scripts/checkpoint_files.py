@@ -1,6 +1,6 @@
 """Reads a Step3 checkpoint without trusting it: config, index, safetensors headers and single tensors, but no code."""
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -13,7 +13,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
+# Where the package's modules are: in the checkout, or installed.
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "configuration_step3.py").exists():
+    ROOT = Path(importlib.util.find_spec("step3_vl").origin).parent
 
 
 def import_configuration():

@@ -94,7 +94,12 @@ def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=Path, help="where to put the files; must not exist yet")
-    parser.add_argument("--model", default=TINY, help="directory or hub id (default: the small one that comes along)")
+    parser.add_argument(
+        "--model",
+        default=TINY,
+        required=not TINY.exists(),
+        help="directory or hub id (default: step3-tiny, in a checkout)",
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     if arguments.directory.exists():

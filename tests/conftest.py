@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything the tests load is on disk
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the processors
     os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // int(workers), 1))
 ROOT = Path(__file__).parents[1]
+# The environment with vLLM, of the tests that are marked `engines`.
+VLLM_HOME = Path(os.environ["STEP3_ENGINES"]).resolve() if os.environ.get("STEP3_ENGINES") else None
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import pytest
@@ -27,6 +29,7 @@ from step3_vl.generation_step3 import CACHE_NAME
 logging.disable_progress_bar()
 
 IMAGE_TOKEN = 7
+needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 
 
 def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
