@@ -1,7 +1,6 @@
 """Reads a Step3 checkpoint without trusting it: config, index, safetensors headers and single tensors, but no code."""
 
 import importlib.util
-import json
 import math
 import os
 import re
@@ -9,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import parse_json
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -62,7 +62,7 @@ WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLED = "pickled weights can run any code, and are refused; safetensors are read."
 # What JSON is read at all: in the released model the index has 0.2 MB.
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 16 * 2**20, 50
+MAX_JSON_BYTES = 16 * 2**20
 # Far beyond any model, and small enough to reckon with.
 MAX_LAYERS, MAX_SIZE, MAX_TENSORS = configuration.MAX_LAYERS, 2**31, 10**5
 SHOWN_PROBLEMS = 20
@@ -137,47 +137,18 @@ def read_json(path: Path) -> dict:
     The JSON object in a file, UTF-8.
 
     Raises:
-        `CheckpointError`: if it is not one, is too long, repeats a key, is nested too deep or holds what JSON does not
-        know.
+        `CheckpointError`: if it is not one, as `parse_json` reads it, or is too long.
     """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {quote(key)} is there twice")
-            result[key] = value
-        return result
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"must be at most {MAX_JSON_BYTES} bytes of JSON")
+        return parse_json(data)
     except OSError as error:
         raise CheckpointError([f"{path.name}: cannot be read: {error.strerror}."]) from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError([f"{path.name}: must be at most {MAX_JSON_BYTES} bytes of JSON."])
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except ValueError as error:
-        raise CheckpointError([f"{path.name}: not valid JSON: {error}."]) from None
-    except RecursionError:
-        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."]) from None
-    if not isinstance(value, dict):
-        raise CheckpointError([f"{path.name}: must be a JSON object, got {quote(value)}."])
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            entry
-            for parent in level
-            for entry in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(entry, dict | list)
-        ]
-    if level:
-        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."])
-    return value
+        raise CheckpointError([f"{path.name}: {error}."]) from None
 
 
 def released_name(name: str) -> str:

@@ -6,7 +6,7 @@ source "$(dirname "$0")/setup.sh"
 python -m pip install --quiet --constraint scripts/constraints.txt .
 if [ -z "${picture:-}" ]; then
   picture="$(mktemp -d)/picture.png"
-  python scripts/draw_scene.py "$picture" >"${picture%.png}.txt"
+  python scripts/tiny/draw_scene.py "$picture" >"${picture%.png}.txt"
   echo "Picture: $picture"
 fi
 python scripts/describe.py "$picture" "$@"

@@ -13,7 +13,7 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the pr
 ROOT = Path(__file__).parents[1]
 # The environment with vLLM, of the tests that are marked `engines`.
 VLLM_HOME = Path(os.environ["STEP3_ENGINES"]).resolve() if os.environ.get("STEP3_ENGINES") else None
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("", "tiny", "develop")]
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/
 
 
 def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
-    """Runs one of the scripts as from a shell."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    """Runs one of the scripts, in whichever folder it is, as from a shell."""
+    command = [sys.executable, str(next((ROOT / "scripts").rglob(script))), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
 
 
@@ -219,7 +219,7 @@ def batch(model):
 
 @pytest.fixture(scope="session")
 def random_model_dir(tmp_path_factory) -> Path:
-    """A directory as `scripts/make_random_model.py` makes it."""
+    """A directory as `scripts/tiny/make_random_model.py` makes it."""
     from make_random_model import make_random_model
 
     directory = tmp_path_factory.mktemp("random") / "model"

@@ -1,8 +1,8 @@
 """Throws malformed configs, pictures, texts, tensors and caches at the doors, and reports whatever is neither a right
 answer nor a documented exception, with the seed that repeats it.
 
-python scripts/fuzz.py --minutes 10
-python scripts/fuzz.py --seed 1234 --count 1
+python scripts/develop/fuzz.py --minutes 10
+python scripts/develop/fuzz.py --seed 1234 --count 1
 """
 
 import argparse
@@ -16,11 +16,11 @@ import time
 import traceback
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from make_random_model import TINY, make_tokenizer
 from PIL import Image
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedConfig, StaticCache, set_seed
@@ -28,6 +28,10 @@ from transformers.utils import logging
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
 from step3_vl.generation_step3 import CACHE_NAME
+
+
+sys.path.append(str(Path(__file__).parents[1] / "tiny"))
+from make_random_model import TINY, make_tokenizer
 
 
 # What the doors say they raise: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's
