@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
+import step3_vl
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
 from step3_vl.configuration_step3 import num_image_tokens
 from step3_vl.generation_step3 import CACHE_NAME
 
 
+assert Path(step3_vl.__file__).resolve().parent == ROOT, f"`pip install --editable .`: found {step3_vl.__file__}"
 logging.disable_progress_bar()
 
 IMAGE_TOKEN = 7
