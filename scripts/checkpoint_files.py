@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,7 @@ CODE_FILES = tuple(
     f"{name}_step3.py" for name in ("configuration", "checkpoint", "generation", "modeling", "processing")
 )
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
-# The block-fp8 of the release: every matrix of the decoder layers but the router's, which is left alone as are
-# embeddings, head, norms and all of the vision tower and projector. docs/converting.md says what this rests on.
+# The block-fp8 of the release; docs/converting.md says what this rests on.
 FP8_QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -54,9 +52,6 @@ FP8_QUANTIZATION = {
     "weight_block_size": [128, 128],
 }
 FP8_BLOCK = (128, 128)
-FP8_WEIGHT = re.compile(
-    r"model\.layers\.\d+\.(?:self_attn\.(?:[qkvo]_proj|wq)|(?:mlp|moe|share_expert)\.(?:gate|up|down)_proj)\.weight"
-)
 # Bytes of an element; weights are of these types only.
 WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -97,6 +92,12 @@ class Tensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
+
+    @property
+    def is_fp8_in_release(self) -> bool:
+        """Every matrix of the decoder layers is but the router's; embeddings, head, norms and vision are not."""
+        in_layer = self.name.startswith("model.layers.") and not self.name.endswith((".moe.gate.weight", "_scale_inv"))
+        return in_layer and len(self.shape) > 1
 
     def read(self):
         """The torch tensor; its memory is the file's, mapped."""

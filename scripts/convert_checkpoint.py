@@ -24,7 +24,6 @@ from checkpoint_files import (
     CODE_FILES,
     FP8_BLOCK,
     FP8_QUANTIZATION,
-    FP8_WEIGHT,
     INDEX,
     ROOT,
     WEIGHT_TYPES,
@@ -334,7 +333,7 @@ def make_plan(
             continue
         is_fp8, scale_name = tensor.dtype == "F8_E4M3", f"{name}_scale_inv"
         dequantized = (tensors[scale_name], block) if target and is_fp8 else ()
-        if not (to_fp8 and FP8_WEIGHT.fullmatch(name)):
+        if not (to_fp8 and tensor.is_fp8_in_release):
             items.append(Item(name, tensor, target or tensor.dtype, *dequantized))
         elif is_fp8 and block == FP8_BLOCK:
             items += [Item(name, tensor, tensor.dtype), Item(scale_name, tensors[scale_name], "F32")]

@@ -330,9 +330,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     settings = check_output(arguments)
     data, evaluation, config, processor = prepare_data(arguments)
     if getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"{arguments.model} is quantised: make a plain one with scripts/convert_checkpoint.py --dtype bfloat16"
-        )
+        raise ValueError(f"{arguments.model} is quantised: make a plain one with `step3 convert --dtype bfloat16`")
     if arguments.rank > config.get_text_config().hidden_size:
         raise ValueError(f"--rank must be at most the model's width, {config.get_text_config().hidden_size}")
     if PartialState().is_main_process:  # a run that was killed leaves half a model
