@@ -111,6 +111,12 @@ def test_the_installed_command(step3, picture):
     assert re.fullmatch(r'step3 finetune needs \w+: pip install "step3-vl\[finetune\]"\n', missing.stderr)
 
 
+def test_fuzz_finds_nothing():
+    result = run("fuzz.py", "--seed", 1, "--count", 100)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "100 attempts, 0 not as documented" in result.stdout
+
+
 def test_no_dead_code_and_one_style():
     for command in (["check", "."], ["format", "--check", "."]):
         result = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)
