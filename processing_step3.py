@@ -56,7 +56,16 @@ OVERSHOOT, AMBIGUOUS = 0.1, 3
 UNIT_RANGE = "step3_unit_range"
 
 # What PIL's plugins raise for a broken file beside the OSError and ValueError that they document.
-BROKEN_FILE = (SyntaxError, IndexError, KeyError, EOFError, OverflowError, struct.error)
+BROKEN_FILE = (
+    SyntaxError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+)
 # What PIL raises for metadata that are not what they should be.
 UNREADABLE_METADATA = (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, struct.error)
 

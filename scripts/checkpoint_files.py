@@ -1,19 +1,21 @@
 """Reads a Step3 checkpoint without trusting it: config, index, safetensors headers and single tensors, but no code."""
 
-import importlib
-import json
+import importlib.util
 import math
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import parse_json
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 
+# Where the package's modules are: in the checkout, or installed.
 ROOT = Path(__file__).parents[1]
+if not (ROOT / "configuration_step3.py").exists():
+    ROOT = Path(importlib.util.find_spec("step3_vl").origin).parent
 
 
 def import_configuration():
@@ -42,8 +44,7 @@ CODE_FILES = tuple(
     f"{name}_step3.py" for name in ("configuration", "checkpoint", "generation", "modeling", "processing")
 )
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
-# The block-fp8 of the release: every matrix of the decoder layers but the router's, which is left alone as are
-# embeddings, head, norms and all of the vision tower and projector. docs/converting.md says what this rests on.
+# The block-fp8 of the release; docs/converting.md says what this rests on.
 FP8_QUANTIZATION = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -51,15 +52,12 @@ FP8_QUANTIZATION = {
     "weight_block_size": [128, 128],
 }
 FP8_BLOCK = (128, 128)
-FP8_WEIGHT = re.compile(
-    r"model\.layers\.\d+\.(?:self_attn\.(?:[qkvo]_proj|wq)|(?:mlp|moe|share_expert)\.(?:gate|up|down)_proj)\.weight"
-)
 # Bytes of an element; weights are of these types only.
 WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PICKLED = "pickled weights can run any code, and are refused; safetensors are read."
 # What JSON is read at all: in the released model the index has 0.2 MB.
-MAX_JSON_BYTES, MAX_JSON_DEPTH = 16 * 2**20, 50
+MAX_JSON_BYTES = 16 * 2**20
 # Far beyond any model, and small enough to reckon with.
 MAX_LAYERS, MAX_SIZE, MAX_TENSORS = configuration.MAX_LAYERS, 2**31, 10**5
 SHOWN_PROBLEMS = 20
@@ -94,6 +92,12 @@ class Tensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
+
+    @property
+    def is_fp8_in_release(self) -> bool:
+        """Every matrix of the decoder layers is but the router's; embeddings, head, norms and vision are not."""
+        in_layer = self.name.startswith("model.layers.") and not self.name.endswith((".moe.gate.weight", "_scale_inv"))
+        return in_layer and len(self.shape) > 1
 
     def read(self):
         """The torch tensor; its memory is the file's, mapped."""
@@ -134,47 +138,18 @@ def read_json(path: Path) -> dict:
     The JSON object in a file, UTF-8.
 
     Raises:
-        `CheckpointError`: if it is not one, is too long, repeats a key, is nested too deep or holds what JSON does not
-        know.
+        `CheckpointError`: if it is not one, as `parse_json` reads it, or is too long.
     """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        result = {}
-        for key, value in pairs:
-            if key in result:
-                raise ValueError(f"the key {quote(key)} is there twice")
-            result[key] = value
-        return result
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"must be at most {MAX_JSON_BYTES} bytes of JSON")
+        return parse_json(data)
     except OSError as error:
         raise CheckpointError([f"{path.name}: cannot be read: {error.strerror}."]) from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError([f"{path.name}: must be at most {MAX_JSON_BYTES} bytes of JSON."])
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except ValueError as error:
-        raise CheckpointError([f"{path.name}: not valid JSON: {error}."]) from None
-    except RecursionError:
-        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."]) from None
-    if not isinstance(value, dict):
-        raise CheckpointError([f"{path.name}: must be a JSON object, got {quote(value)}."])
-    level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            entry
-            for parent in level
-            for entry in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(entry, dict | list)
-        ]
-    if level:
-        raise CheckpointError([f"{path.name}: not valid JSON: nested too deep."])
-    return value
+        raise CheckpointError([f"{path.name}: {error}."]) from None
 
 
 def released_name(name: str) -> str:

@@ -6,22 +6,18 @@ ms-swift, LLaMA-Factory and OpenAI's fine-tuning share. Content is text, in whic
 `{"type": "image", "image": ...}` or `{"type": "image_url", "image_url": {"url": ...}}` for a picture of its own.
 """
 
-import base64
-import binascii
-import json
 import os
 import re
-import struct
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, UnidentifiedImageError
+from files import parse_json, picture_of, shown
+from PIL import Image
 from tqdm import tqdm
 
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
@@ -37,12 +33,6 @@ ROW_KEYS, MESSAGE_KEYS, ANSWER_KEYS = ("messages", "images", "id"), ("role", "co
 PICTURE_KEYS = ("image", "image_url", "url", "path", "base64")
 # Faults that are shown; the rest are counted.
 MAX_SHOWN = 20
-# What PIL's readers of twenty formats and the image processor raise for files that are no picture, or a broken or too
-# large one: each was seen in files with wrong bytes, or is caught for metadata alike.
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError, AttributeError),
-    *(struct.error, Image.DecompressionBombError, NotImplementedError, MemoryError, RuntimeError),
-)
 
 
 class BadData(Exception):
@@ -57,50 +47,14 @@ class BadData(Exception):
 @dataclass(frozen=True)
 class Conversation:
     """
-    One line: where it stands, its messages as `apply_chat_template` takes them, the pictures (paths or the bytes of
-    files) that their parts of the type "image" stand for, and for each message whether the model learns to say it.
+    One line: where it stands, its messages as `apply_chat_template` takes them, the pictures (paths or data URIs) that
+    their parts of the type "image" stand for, and for each message whether the model learns to say it.
     """
 
     place: str
     messages: list[dict]
-    pictures: list[Path | bytes]
+    pictures: list[str]
     is_learned: list[bool]
-
-
-def read_json(line: bytes) -> dict:
-    """
-    The object in one line.
-
-    Raises:
-        `ValueError`: if it is not UTF-8, not JSON, no object, or has a key twice.
-    """
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        keys = [key for key, _ in pairs]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"has the key {json.dumps(twice[0])} twice in one object")
-        return dict(pairs)
-
-    def no_number(name: str):
-        raise ValueError(f"is not JSON: {name} is no number")
-
-    try:
-        value = json.loads(line.decode("utf-8"), object_pairs_hook=unique, parse_constant=no_number)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text: byte {error.start + 1} of the line") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg}, at character {error.pos + 1}") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"must be an object with `messages`, got {shown(value)}")
-    return value
-
-
-def shown(value: object) -> str:
-    """A value for a message, in ASCII and not too long of it."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_keys(value: dict, known: tuple[str, ...]) -> None:
@@ -115,10 +69,10 @@ def check_keys(value: dict, known: tuple[str, ...]) -> None:
         raise ValueError(f"has {', '.join(map(shown, lost))}, and only {', '.join(known)} are taken")
 
 
-def find_picture(reference: object, folder: Path) -> Path | bytes:
+def find_picture(reference: object, folder: Path) -> str:
     """
-    Where a picture is that is referred to by its path, from `folder` or the working directory, or by a `file:` or
-    `data:` URI; of the latter, the bytes.
+    The path of a picture that is referred to by it, from `folder` or the working directory, or by a `file:` URI; a
+    `data:` URI as it is.
 
     Raises:
         `ValueError`: if there is no such file, or it is no such reference.
@@ -126,32 +80,18 @@ def find_picture(reference: object, folder: Path) -> Path | bytes:
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"a picture must be a path or a data URI, got {shown(reference)}")
     if reference.startswith("data:"):
-        header, _, data = reference.partition(",")
-        if not header.startswith("data:image/") or not header.endswith(";base64"):
-            raise ValueError(f"a data URI must begin with data:image/...;base64, got {shown(header)}")
-        try:
-            return base64.b64decode(data, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"the data URI of a picture is not base64: {error}") from None
+        picture_of(reference)
+        return reference
     if reference.startswith(("http://", "https://")):
         raise ValueError(f"pictures must be on this machine, got {shown(reference)}: download it first")
     path = unquote(urlsplit(reference).path) if reference.startswith("file://") else reference
     try:
         for base in (folder, Path()):
             if (base / path).is_file():  # no pipe or device, from which reading might never return
-                return base / path
+                return str(base / path)
     except (OSError, ValueError) as error:  # no file can have such a name
         raise ValueError(f"there is no picture at {shown(reference)}: {error}") from None
     raise ValueError(f"there is no picture at {shown(reference)}")
-
-
-def open_picture(picture: Path | bytes) -> Image.Image:
-    """The picture, read, or whatever of `UNREADABLE` it raises."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
-        with Image.open(picture if isinstance(picture, Path) else BytesIO(picture)) as image:
-            image.load()
-    return image
 
 
 def read_part(part: object) -> str | dict:
@@ -235,7 +175,7 @@ def read_conversation(line: bytes, folder: Path, place: str, fault: Callable[[st
         fault(text)
 
     try:
-        row = read_json(line)
+        row = parse_json(line)
     except ValueError as error:
         return fault(str(error))
     try:
@@ -327,26 +267,25 @@ def read_conversations(path: Path, faults: list[str]) -> list[Conversation]:
     return conversations
 
 
-def check_pictures(conversations: list[Conversation], faults: list[str], quiet: bool) -> dict[Path | bytes, tuple]:
+def check_pictures(conversations: list[Conversation], faults: list[str], quiet: bool) -> dict[str, tuple]:
     """The size (width, height) of every picture; those that cannot be read are added to `faults`."""
     uses = [(picture, conversation.place) for conversation in conversations for picture in conversation.pictures]
     processor = Step3VLImageProcessor()
 
-    def measure(picture: Path | bytes) -> tuple[int, int] | str:
+    def measure(picture: str) -> tuple[int, int] | str:
         try:
-            return processor.process_image(open_picture(picture), do_convert_rgb=True).size
-        except UnidentifiedImageError:
-            return "it is none that Pillow knows"
-        except UNREADABLE as error:
-            return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            return processor.process_image(processor.fetch_images(picture), do_convert_rgb=True).size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return f"{type(error).__name__}: {error}"
 
     pictures = list(dict.fromkeys(picture for picture, _ in uses))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
         results = pool.map(measure, pictures)
         sizes = dict(zip(pictures, tqdm(results, "Pictures", len(pictures), disable=quiet), strict=True))
     for picture, place in uses:
         if isinstance(sizes[picture], str):
-            name = str(picture) if isinstance(picture, Path) else "of the data URI"
+            name = "of the data URI" if picture.startswith("data:") else picture
             faults.append(f"{place}: the picture {name} cannot be read: {sizes[picture]}")
     return sizes
 
@@ -377,7 +316,7 @@ def segments(conversation: Conversation, processor: Step3VLProcessor) -> list[tu
 
 def check_tokens(
     conversations: list[Conversation],
-    sizes: dict[Path | bytes, tuple[int, int]],
+    sizes: dict[str, tuple[int, int]],
     processor: Step3VLProcessor,
     max_length: int,
     faults: list[str],

@@ -13,13 +13,10 @@ import errno
 import fcntl
 import filecmp
 import hashlib
-import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +24,6 @@ from checkpoint_files import (
     CODE_FILES,
     FP8_BLOCK,
     FP8_QUANTIZATION,
-    FP8_WEIGHT,
     INDEX,
     ROOT,
     WEIGHT_TYPES,
@@ -44,10 +40,11 @@ from checkpoint_files import (
     weight_block,
 )
 from engines import engine_facts, table, warnings
+from files import blaming, replacing, sync, write_bytes, write_json
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.serialization._base import parse_size_to_int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
 
@@ -336,7 +333,7 @@ def make_plan(
             continue
         is_fp8, scale_name = tensor.dtype == "F8_E4M3", f"{name}_scale_inv"
         dequantized = (tensors[scale_name], block) if target and is_fp8 else ()
-        if not (to_fp8 and FP8_WEIGHT.fullmatch(name)):
+        if not (to_fp8 and tensor.is_fp8_in_release):
             items.append(Item(name, tensor, target or tensor.dtype, *dequantized))
         elif is_fp8 and block == FP8_BLOCK:
             items += [Item(name, tensor, tensor.dtype), Item(scale_name, tensors[scale_name], "F32")]
@@ -391,46 +388,6 @@ def note_on_widths(config: Step3VLConfig | Step3TextConfig) -> str | None:
 
 def progress_bar(total: int, what: str, initial: int = 0) -> tqdm:
     return tqdm(total=total, initial=initial, desc=what, unit="B", unit_scale=True, disable=not total)
-
-
-@contextmanager
-def blaming(path: Path) -> Iterator[None]:
-    """A full disk while `path` is written is an `OSError` that names it, or else the copy, and not what is copied."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
-    except OSError as error:
-        if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(error.errno, error.strerror or str(error), error.filename2 or str(path)) from None
-        raise
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Another name to write to, which becomes `path` when all is written, whole even if the power is cut."""
-    unfinished = path.with_name(f"{path.name}.part")
-    with blaming(path):
-        yield unfinished
-        sync(unfinished)
-        unfinished.rename(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(data)
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_shard(path: Path, items: list[Item]) -> None:
@@ -550,6 +507,8 @@ def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how
             write_json(partial / "run.json", mark)
         if not target.exists():  # else the run was stopped while it tidied up
             package.mkdir(exist_ok=True)
+            for unfinished in package.glob(".*"):  # by a run that was killed
+                shutil.rmtree(unfinished)
             try:
                 write_package(checkpoint, plan, package, how, verify)
             except CheckpointError:  # which the same call would meet again

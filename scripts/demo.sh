@@ -3,10 +3,10 @@
 set -euo pipefail
 if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then picture=$(realpath -- "$1") && shift; fi
 source "$(dirname "$0")/setup.sh"
-python -m pip install --quiet --constraint scripts/constraints.txt .
+python -m pip install --quiet --constraint scripts/constraints.txt --editable .
 if [ -z "${picture:-}" ]; then
   picture="$(mktemp -d)/picture.png"
-  python scripts/draw_scene.py "$picture" >"${picture%.png}.txt"
+  python scripts/tiny/draw_scene.py "$picture" >"${picture%.png}.txt"
   echo "Picture: $picture"
 fi
 python scripts/describe.py "$picture" "$@"

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
 
 
-# Trained on drawn scenes of coloured shapes, and on nothing else.
+# Trained on drawn scenes of coloured shapes, and on nothing else; a part of the checkout, not of what pip installs.
 TINY = Path(__file__).parents[1] / "checkpoints" / "step3-tiny"
 
 
@@ -105,8 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("picture", type=Path, help="the picture, in any format that Pillow reads")
     parser.add_argument("--prompt", default="Describe this picture.", help="the question (default: %(default)s)")
-    whom = parser.add_mutually_exclusive_group()
-    whom.add_argument("--model", default=TINY, help="directory or hub id (default: the small one that comes along)")
+    whom = parser.add_mutually_exclusive_group(required=not TINY.exists())
+    whom.add_argument("--model", default=TINY, help="directory or hub id (default: step3-tiny, in a checkout)")
     whom.add_argument("--server", metavar="URL", help="ask a server of the OpenAI API instead, such as serve.py starts")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first of these that is there)")
     parser.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")

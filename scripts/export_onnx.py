@@ -5,13 +5,13 @@ python scripts/export_onnx.py DIRECTORY --model checkpoints/step3-tiny
 """
 
 import argparse
-import tempfile
 import warnings
 from pathlib import Path
 
 import onnxruntime
 import torch
 from describe import TINY
+from files import replacing
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, logging
@@ -94,7 +94,12 @@ def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=Path, help="where to put the files; must not exist yet")
-    parser.add_argument("--model", default=TINY, help="directory or hub id (default: the small one that comes along)")
+    parser.add_argument(
+        "--model",
+        default=TINY,
+        required=not TINY.exists(),
+        help="directory or hub id (default: step3-tiny, in a checkout)",
+    )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     if arguments.directory.exists():
@@ -114,16 +119,13 @@ def main() -> None:
         channels = model.config.vision_config.num_channels
         for name, side in (("picture", image_processor.size["height"]), ("patch", image_processor.patch_size)):
             parts[f"{name}_encoder"] = (PictureEncoder(model), torch.randn(2, channels, side, side), ("pictures",))
-    arguments.directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.directory.parent) as unfinished:
-        target = Path(unfinished, "onnx")
+    with replacing(arguments.directory) as target:
         target.mkdir()
         for name, (part, example, dynamic) in parts.items():
             difference = save(part, target / f"{name}.onnx", example, len(dynamic))
             print(f"{name}.onnx: within {difference:.0e} of the model, for any number of {' and '.join(dynamic)}")
             if not difference <= TOLERANCE:
                 parser.exit(1, f"{parser.prog}: {name} differs by more than {TOLERANCE:.0e}; nothing was written.\n")
-        target.rename(arguments.directory)
 
 
 if __name__ == "__main__":

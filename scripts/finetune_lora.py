@@ -16,7 +16,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -28,12 +27,11 @@ from conversations import (
     Conversation,
     check_pictures,
     check_tokens,
-    open_picture,
     read_conversations,
     segments,
 )
 from datasets import Dataset
-from make_random_model import save_whole
+from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
@@ -95,7 +93,7 @@ class Collator:
         rows = [row[:-1] for row in rows] if asks else rows
         batch = self.processor(
             text=[text for row in rows for text, _, _ in row],
-            images=[[open_picture(picture) for picture in pictures] for row in rows for _, pictures, _ in row],
+            images=[pictures for row in rows for _, pictures, _ in row],
             add_special_tokens=False,
             padding=True,
             padding_side="right",
@@ -274,9 +272,7 @@ def train(
         callbacks=[AskQuestions(collator, numbers[1][: arguments.ask], arguments.batch_size)] if evaluation else None,
     )
     if trainer.is_world_process_zero():
-        unfinished = arguments.output / f".{SETTINGS}"
-        unfinished.write_text(json.dumps(settings, indent=2))
-        unfinished.replace(arguments.output / SETTINGS)
+        write_json(arguments.output / SETTINGS, settings)
         trainer.model.print_trainable_parameters()
     # The state is the last that is written of a checkpoint.
     saved = [path.parent for path in arguments.output.glob("checkpoint-*/trainer_state.json")]
@@ -284,10 +280,8 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     if trainer.is_world_process_zero():
         checkpoint = arguments.output / f"checkpoint-{trainer.state.global_step}"
-        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=arguments.output) as unfinished:
-            whole = Path(unfinished) / "adapter"
-            shutil.copytree(checkpoint, whole, ignore=shutil.ignore_patterns(*TRAINING_STATE))
-            whole.rename(arguments.output / "adapter")
+        with replacing(arguments.output / "adapter") as unfinished:
+            shutil.copytree(checkpoint, unfinished, ignore=shutil.ignore_patterns(*TRAINING_STATE))
         (arguments.output / "README.md").unlink(missing_ok=True)  # TRL's, which is not true of this model
 
 
@@ -336,13 +330,11 @@ def finetune(arguments: argparse.Namespace) -> None:
     settings = check_output(arguments)
     data, evaluation, config, processor = prepare_data(arguments)
     if getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"{arguments.model} is quantised: make a plain one with scripts/convert_checkpoint.py --dtype bfloat16"
-        )
+        raise ValueError(f"{arguments.model} is quantised: make a plain one with `step3 convert --dtype bfloat16`")
     if arguments.rank > config.get_text_config().hidden_size:
         raise ValueError(f"--rank must be at most the model's width, {config.get_text_config().hidden_size}")
     if PartialState().is_main_process:  # a run that was killed leaves half a model
-        for unfinished in (*arguments.output.glob(".adapter-*"), *arguments.output.glob(".merged-*")):
+        for unfinished in arguments.output.glob(".*-*"):
             shutil.rmtree(unfinished)
     if not (arguments.output / "adapter").exists():
         train(arguments, settings, data, evaluation, processor)

@@ -24,8 +24,9 @@ from checkpoint_files import (
     read_checkpoint,
     read_json,
 )
-from convert_checkpoint import CARRIED_FILES, MANIFEST, write_bytes
+from convert_checkpoint import CARRIED_FILES, MANIFEST
 from engines import engine_facts, warnings
+from files import write_bytes
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError  # of httpx, or of what took its place
 from huggingface_hub.utils import validate_repo_id

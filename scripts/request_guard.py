@@ -9,7 +9,6 @@ python scripts/request_guard.py serve DIRECTORY
 
 import asyncio
 import base64
-import binascii
 import json
 import os
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from files import parse_json, picture_of
 from PIL import Image, UnidentifiedImageError
 from starlette.responses import JSONResponse
 
@@ -103,13 +103,9 @@ class Rules:
             `Refusal`: if the engine should not get it.
         """
         try:
-            body = json.loads(data)
-        except ValueError as error:  # also of bytes that are no text
-            raise Refusal(f"The body is not valid JSON: {error}.") from None
-        except RecursionError:
-            raise Refusal("The body is not valid JSON: nested too deep.") from None
-        if not isinstance(body, dict):
-            raise Refusal("The body must be a JSON object.")
+            body = parse_json(data)
+        except ValueError as error:
+            raise Refusal(f"The body {error}.") from None
         self._check_fields(body)
         if path == "/v1/completions":
             if not isinstance(body.get("prompt"), str) or not body["prompt"]:
@@ -196,13 +192,10 @@ class Rules:
                 raise Refusal(f"Pictures are not fetched from {urlsplit(url).hostname!r:.100}; send a data: URL.")
             return url
         if scheme == "data":
-            head, _, data = url.partition(",")
-            if not head.startswith("data:image/") or not head.endswith(";base64"):
-                raise Refusal(f"A data: URL must begin with data:image/...;base64, got {head!r:.100}.")
             try:
-                picture = base64.b64decode(data, validate=True)
-            except binascii.Error as error:
-                raise Refusal(f"The picture's base64 cannot be read: {error}.") from None
+                head, picture = url.partition(",")[0], picture_of(url)
+            except ValueError as error:
+                raise Refusal(f"A picture cannot be read: {error}.") from None
         elif self.folder is not None and scheme in ("", "file"):
             path = Path(unquote(urlsplit(url).path) if scheme else url)
             head, picture = "data:image/png;base64", self._read(path)

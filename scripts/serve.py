@@ -110,7 +110,7 @@ def engine_command(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tup
     options = ["--host", arguments.host, "--port", str(arguments.port)]
     if arguments.engine == "transformers":
         if missing := [name for name in ("fastapi", "uvicorn", "openai", "step3_vl") if not is_installed(name)]:
-            raise ServingError(f"transformers serve needs {', '.join(missing)}: pip install '.[serve]'")
+            raise ServingError(f'transformers serve needs {", ".join(missing)}: pip install "step3-vl[serve]"')
         options += ["--reasoning", "on"] * arguments.thinking
         command = [sys.executable, str(SCRIPTS / "request_guard.py"), "serve", name, *options]
         return [*command, *arguments.options], environment

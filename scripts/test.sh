@@ -25,10 +25,10 @@ if [ -n "$release" ]; then
   grep -vE '^(transformers|huggingface_hub|accelerate|safetensors)==' scripts/constraints.txt >"$constraints"
   if [ "$release" != newest ]; then echo "transformers==$release" >>"$constraints"; fi
 fi
-python -m pip install --quiet ${release:+--upgrade} --constraint "$constraints" ".[$extras]"
+python -m pip install --quiet ${release:+--upgrade} --constraint "$constraints" --editable ".[$extras]"
 if [ -n "$release" ]; then python -c "import transformers; print('transformers', transformers.__version__)"; fi
 if [ -n "$engines" ]; then
-  [ -e "$engines/env.sh" ] || bash scripts/engines.sh "$engines"
+  [ -e "$engines/env.sh" ] || bash scripts/develop/engines.sh "$engines"
   STEP3_ENGINES="$engines" exec python -m pytest -m engines "$@"
 fi
 python -m pytest --numprocesses auto --dist worksteal "$@"

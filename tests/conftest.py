@@ -11,7 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything the tests load is on disk
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the processors
     os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // int(workers), 1))
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+# The environment with vLLM, of the tests that are marked `engines`.
+VLLM_HOME = Path(os.environ["STEP3_ENGINES"]).resolve() if os.environ.get("STEP3_ENGINES") else None
+sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("", "tiny", "develop")]
 
 import pytest
 import torch
@@ -19,19 +21,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, set_seed
 from transformers.utils import logging
 
+import step3_vl
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
 from step3_vl.configuration_step3 import num_image_tokens
 from step3_vl.generation_step3 import CACHE_NAME
 
 
+assert Path(step3_vl.__file__).resolve().parent == ROOT, f"`pip install --editable .`: found {step3_vl.__file__}"
 logging.disable_progress_bar()
 
 IMAGE_TOKEN = 7
+needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 
 
 def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
-    """Runs one of the scripts as from a shell."""
-    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    """Runs one of the scripts, in whichever folder it is, as from a shell."""
+    command = [sys.executable, str(next((ROOT / "scripts").rglob(script))), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
 
 
@@ -216,7 +221,7 @@ def batch(model):
 
 @pytest.fixture(scope="session")
 def random_model_dir(tmp_path_factory) -> Path:
-    """A directory as `scripts/make_random_model.py` makes it."""
+    """A directory as `scripts/tiny/make_random_model.py` makes it."""
     from make_random_model import make_random_model
 
     directory = tmp_path_factory.mktemp("random") / "model"

@@ -481,9 +481,12 @@ def test_finished_shards_are_kept_and_other_runs_refused(source, tmp_path, monke
         result = convert(source, target, *options)
         assert result.returncode == 1 and "another run is writing" in result.stderr
 
-    def die(path):
-        raise KeyboardInterrupt
+    def die(path, **options):
+        if path == partial:
+            raise KeyboardInterrupt
+        rmtree(path, **options)
 
+    rmtree = shutil.rmtree
     with monkeypatch.context() as patch:  # the target is whole, but not all is tidied up
         patch.setattr(convert_checkpoint.shutil, "rmtree", die)
         assert convert(source, target, *options).returncode == 130

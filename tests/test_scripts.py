@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_close, run
+from conftest import ROOT, VLLM_HOME, assert_close, needs_vllm, run
+from describe import TINY
 from PIL import Image
 from safetensors.torch import load_file
-from test_serve import HOME, needs_vllm
 
 
 @pytest.fixture
@@ -67,6 +69,54 @@ def test_describe_names_what_is_missing(random_model_dir, picture, tmp_path):
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.fixture
+def step3(tmp_path):
+    """Runs the command `step3` of the package as pip installs it, where torch and datasets must not be imported."""
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "checkpoints", "tests")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
+    result = subprocess.run([*pip, tmp_path / "site", tmp_path / "source"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "blocked").mkdir()
+    for name in ("torch", "datasets"):
+        (tmp_path / "blocked" / f"{name}.py").write_text("raise ModuleNotFoundError(name=__name__)")
+
+    def run(*arguments, with_torch: bool = False) -> subprocess.CompletedProcess:
+        folders = [tmp_path / "site", *[tmp_path / "blocked"] * (not with_torch)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, reversed(folders)))}
+        command = [sys.executable, tmp_path / "site" / "bin" / "step3", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    return run
+
+
+def test_the_installed_command(step3, picture):
+    help = step3("--help")
+    assert help.returncode == 0, help.stderr
+    listed = re.findall(r"^  (\w+) +[A-Z].+\.$", help.stdout, flags=re.MULTILINE)
+    assert listed == ["convert", "describe", "finetune", "serve", "push", "export"]
+    assert step3("convert", "--help").stdout.startswith("usage: step3 convert [-h] [--check]")
+    checked = step3("convert", TINY, "--check")
+    assert checked.returncode == 0 and "nothing wrong" in checked.stdout, checked.stderr
+    adopted = step3("convert", TINY, "adopted")
+    assert adopted.returncode == 0, adopted.stderr
+    assert step3("push", "adopted", "someone/tiny", "--dry-run").returncode == 0
+    described = step3("describe", picture, "--model", "adopted", with_torch=True)
+    assert described.returncode == 0 and described.stdout.strip(), described.stderr
+    unnamed = step3("describe", picture, with_torch=True)
+    assert unnamed.returncode == 2 and "--model" in unnamed.stderr
+    missing = step3("finetune", "--help")
+    assert missing.returncode == 2
+    assert re.fullmatch(r'step3 finetune needs \w+: pip install "step3-vl\[finetune\]"\n', missing.stderr)
+
+
+def test_fuzz_finds_nothing():
+    result = run("fuzz.py", "--seed", 1, "--count", 100)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "100 attempts, 0 not as documented" in result.stdout
+
+
 def test_no_dead_code_and_one_style():
     for command in (["check", "."], ["format", "--check", "."]):
         result = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)
@@ -101,7 +151,7 @@ def test_benchmark(tmp_path):
 @needs_vllm
 @pytest.mark.engines
 def test_benchmark_beside_vllm(tmp_path):
-    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--vllm", HOME)
+    options = ("--sizes", "tiny", "--dtype", "float32", "--context", 16, "--repeats", 1, "--vllm", VLLM_HOME)
     result = run("benchmark.py", "decode", *options, "--json", tmp_path / "results.json")
     assert result.returncode == 0, result.stderr
     assert "vLLM's tokens: 100% are the package's" in result.stdout

@@ -3,7 +3,6 @@
 import base64
 import functools
 import json
-import os
 import re
 import signal
 import socket
@@ -25,7 +24,7 @@ from PIL import ExifTags, Image
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai")
 
-from conftest import ROOT, run
+from conftest import ROOT, VLLM_HOME, needs_vllm, run
 from describe import TINY
 from draw_scene import draw_scene
 from evaluate_tiny import fresh_scenes
@@ -35,9 +34,6 @@ from serve import THINK_END, THINK_START, TOOL_TOKENS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-ENGINES = os.environ.get("STEP3_ENGINES")
-HOME = Path(ENGINES).resolve() if ENGINES else None
-needs_vllm = pytest.mark.skipif(HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 each_engine = pytest.mark.parametrize(
     "server", ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.engines])], indirect=True
 )
@@ -47,8 +43,8 @@ def command(engine: str, *arguments) -> list[str]:
     """The command line of serve.py, in the engine's own environment."""
     line = [sys.executable, ROOT / "scripts" / "serve.py", *arguments, "--engine", engine]
     if engine == "vllm":
-        python = HOME / "venv" / "bin" / "python"
-        line = ["bash", "-c", 'source "$1"; shift; exec "$@"', "-", HOME / "env.sh", python, *line[1:]]
+        python = VLLM_HOME / "venv" / "bin" / "python"
+        line = ["bash", "-c", 'source "$1"; shift; exec "$@"', "-", VLLM_HOME / "env.sh", python, *line[1:]]
         line += ["--", "--enforce-eager"]
     return [str(word) for word in line]
 

@@ -146,7 +146,7 @@ for batch_size in (64, 1):
 @pytest.mark.releases
 def test_answers_by_remote_code(tmp_path):
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", BY_REMOTE_CODE, str(TINY), str(ROOT / "scripts")]
+    command = [sys.executable, "-c", BY_REMOTE_CODE, str(TINY), str(ROOT / "scripts" / "tiny")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
 

@@ -2,14 +2,13 @@
 
 The weights mean nothing, but everything else is as in a real checkpoint: for demos, tests and benchmarks.
 
-    python scripts/make_random_model.py DIRECTORY
-    python scripts/make_random_model.py DIRECTORY --set text_config.num_hidden_layers=8 --dtype bfloat16
+    python scripts/tiny/make_random_model.py DIRECTORY
+    python scripts/tiny/make_random_model.py DIRECTORY --set text_config.num_hidden_layers=8 --dtype bfloat16
 """
 
 import argparse
 import json
-import shutil
-import tempfile
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +18,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import GenerationConfig, PreTrainedTokenizerFast, set_seed
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from files import save_whole
 
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -91,19 +94,6 @@ def override(settings: dict, assignment: str) -> None:
         settings[key] = json.loads(text)
     except json.JSONDecodeError:
         settings[key] = text
-
-
-def save_whole(directory: Path, *parts) -> None:
-    """Saves a model and its processor in `directory`, which is there with all of them or not at all."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
-        for part in parts:
-            part.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def make_random_model(

@@ -1,16 +1,19 @@
 """Draws scenes and writes conversations about them for `finetune_lora.py`, answered in a way that is new to step3-tiny.
 
-python scripts/draw_conversations.py DIRECTORY
+python scripts/tiny/draw_conversations.py DIRECTORY
 """
 
 import argparse
 import json
 import random
-import shutil
-import tempfile
+import sys
 from pathlib import Path
 
 from draw_scene import NUMBERS, Scene, draw_scene, sentence
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from files import replacing
 
 
 QUESTION = "What is there?"
@@ -34,11 +37,9 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
     """
     if directory.exists():
         raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    with replacing(directory) as unfinished:
         for name, count in counts.items():
-            (unfinished / name).mkdir()
+            (unfinished / name).mkdir(parents=True)
             with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
                 for number in range(count):
                     scene = draw_scene(FIRST_SEEDS[name] + number)
@@ -51,10 +52,6 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
                     answer = {"role": "assistant", "content": pair[1]}
                     row = {"messages": [question, answer], "images": [picture]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        unfinished.chmod(0o755)
-        unfinished.rename(directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def main() -> None:

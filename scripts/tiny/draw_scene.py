@@ -1,17 +1,22 @@
 """Draws a random scene of coloured shapes, and prints what can be asked about it and the answers.
 
-python scripts/draw_scene.py scene.png --seed 7 --layout wide
+python scripts/tiny/draw_scene.py scene.png --seed 7 --layout wide
 """
 
 import argparse
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from files import replacing
 
 
 KINDS = ("circle", "square", "triangle", "star", "cross")
@@ -173,9 +178,8 @@ def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.part")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        image.save(unfinished, format="PNG")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Trains step3-tiny, a Step3 small enough to carry, on scenes that it draws itself.
 
-python scripts/train_tiny.py DIRECTORY
-python scripts/train_tiny.py DIRECTORY --quick
+python scripts/tiny/train_tiny.py DIRECTORY
+python scripts/tiny/train_tiny.py DIRECTORY --quick
 
 Answers alone teach the model many times more slowly: beside them it is trained to name what each token of a picture
 shows (hints), and what goes with each of many words about it (cues).
@@ -9,17 +9,22 @@ shows (hints), and what goes with each of many words about it (cues).
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 import torch
 from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
-from make_random_model import make_tokenizer, save_whole
+from make_random_model import make_tokenizer
 from torch.utils.data import Dataset
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.trainer_utils import get_last_checkpoint
 
 from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImageProcessor, Step3VLProcessor
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from files import save_whole
 
 
 # A picture of 240 px takes 9 tokens, one for each cell of a square scene, and a patch of 160 px takes 4.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes an environment with vLLM on a CPU, on which the tests try the engine: bash scripts/engines.sh DIRECTORY
+# Makes an environment with vLLM on a CPU, on which the tests try the engine: bash scripts/develop/engines.sh DIRECTORY
 # It takes 3.5 GB and some minutes. Afterwards: source DIRECTORY/env.sh
 set -euo pipefail
-directory=$(realpath -m -- "${1:?usage: bash scripts/engines.sh DIRECTORY}")
+directory=$(realpath -m -- "${1:?usage: bash scripts/develop/engines.sh DIRECTORY}")
 torch=2.13.0 torchvision=0.28.0 vllm=0.32.0
 mkdir -p "$directory"
 [ -x "$directory/venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$directory/venv"

@@ -1,13 +1,12 @@
 """Measures this package beside the original code's algorithm, vLLM and what the machine can do, in one run.
 
-python scripts/benchmark.py decode --dtype bfloat16 --batch 1 8 32 --compile --vllm DIRECTORY --plot decode.png
-python scripts/benchmark.py all --json results.json
+python scripts/develop/benchmark.py decode --dtype bfloat16 --batch 1 8 32 --compile --vllm DIRECTORY --plot decode.png
+python scripts/develop/benchmark.py all --json results.json
 """
 
 import argparse
 import copy
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -50,7 +49,11 @@ from step3_vl import (
 from step3_vl.generation_step3 import CACHE_NAME
 
 
-SCRIPTS = Path(__file__).parent
+sys.path.append(str(Path(__file__).parents[1]))
+from files import replacing, write_bytes, write_json
+
+
+SCRIPTS = Path(__file__).parents[1]
 FUSIONS = ("step3_qkv", "step3_gate_up")
 TABLE_MARK = "`benchmark.py --table`"
 STEPS = 17  # tokens of an answer whose decoding is timed
@@ -317,7 +320,8 @@ class VLLM:
         model.save_pretrained(self.folder.name)
         self.log = tempfile.TemporaryFile("w+")
         dtype = str(model.dtype).removeprefix("torch.")
-        command = [home / "venv" / "bin" / "python", SCRIPTS / "vllm_worker.py", self.folder.name, dtype, length]
+        command = [home / "venv" / "bin" / "python", Path(__file__).with_name("vllm_worker.py")]
+        command += [self.folder.name, dtype, length]
         self.process = subprocess.Popen(
             ["bash", "-c", 'source "$1"; shift; exec "$@"', "-", home / "env.sh", *map(str, command)],
             stdin=subprocess.PIPE,
@@ -628,7 +632,7 @@ def measure_load(gigabytes: float, repeats: int, directory: Path) -> dict[str, l
             f"--set=text_config.{name}={size}" for name, size in {**LOADED, "num_hidden_layers": layers}.items()
         ]
         settings += ["--set=text_config.moe_layers_enum=null", "--dtype=bfloat16"]
-        run(sys.executable, SCRIPTS / "make_random_model.py", folder / "whole", *settings)
+        run(sys.executable, SCRIPTS / "tiny" / "make_random_model.py", folder / "whole", *settings)
         source, target = folder / "source", folder / "target"
         run(*convert, folder / "whole", source, "--max-shard-size", "1GB")
         run("rm", "-r", folder / "whole")
@@ -707,12 +711,6 @@ def print_table(name: str, rows: list[dict]) -> None:
         print("  ".join(cells[column].rjust(widths[column]) for column in columns))
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def decode_table(rows: list[dict], machine: Machine) -> str:
     """Tokens a second of all rows together, in Markdown."""
     first = rows[0]
@@ -735,7 +733,7 @@ def update_table(path: Path, rows: list[dict], machine: Machine) -> None:
     while rest and (not rest[0] or rest[0].startswith("|")):
         rest.pop(0)
     text = "\n".join([*lines[:start], "", decode_table(rows, machine), "", *rest])
-    replace_file(path, lambda partial: partial.write_text(f"{text.rstrip()}\n"))
+    write_bytes(path, f"{text.rstrip()}\n".encode())
 
 
 def plot(path: Path, rows: list[dict], machine: Machine) -> None:
@@ -766,7 +764,8 @@ def plot(path: Path, rows: list[dict], machine: Machine) -> None:
     panels[0].set(ylabel="tokens a second")
     panels[0].legend(fontsize=8)
     figure.suptitle(f"Decoding: {machine.name}, {first['dtype']}, {first['size']}", fontsize=10)
-    replace_file(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
 
 
 def positive(text: str) -> int:
@@ -785,7 +784,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=positive, default=8, help="to encode (default: 8)")
     parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
     parser.add_argument(
-        "--vllm", type=Path, metavar="DIRECTORY", help="vLLM's environment, as scripts/engines.sh makes"
+        "--vllm", type=Path, metavar="DIRECTORY", help="vLLM's environment, as scripts/develop/engines.sh makes"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--context", nargs="+", type=positive, default=[512], help="tokens (default: 512)")
@@ -806,7 +805,7 @@ def main() -> None:
         if getattr(options, option) and "decode" not in names:
             parser.error(f"--{option} is of decode")
     if options.vllm and not (options.vllm / "env.sh").is_file():
-        parser.error(f"{options.vllm} has no env.sh: make it with scripts/engines.sh")
+        parser.error(f"{options.vllm} has no env.sh: make it with scripts/develop/engines.sh")
     if options.table and TABLE_MARK not in (options.table.read_text() if options.table.is_file() else ""):
         parser.error(f"{options.table} is no file with {TABLE_MARK} in it")
     for path in (options.json, options.plot):
@@ -830,8 +829,7 @@ def main() -> None:
         print_table(name, results[name])
     if options.json:
         measured = {"machine": machine.name, "torch": torch.__version__, "transformers": transformers.__version__}
-        text = json.dumps({**measured, "command": sys.argv[1:], "results": results}, indent=2) + "\n"
-        replace_file(options.json, lambda partial: partial.write_text(text))
+        write_json(options.json, {**measured, "command": sys.argv[1:], "results": results})
     if options.table:
         update_table(options.table, results["decode"], machine)
     if options.plot:

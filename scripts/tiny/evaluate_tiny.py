@@ -1,22 +1,26 @@
 """Asks a model about freshly drawn scenes, and prints how many answers are exactly right.
 
-python scripts/evaluate_tiny.py --seed 1234
-python scripts/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
+python scripts/tiny/evaluate_tiny.py --seed 1234
+python scripts/tiny/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
 """
 
 import argparse
+import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from describe import TINY
 from draw_scene import LAYOUTS, Scene, draw_scene, save_png
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
+
+
+sys.path.append(str(Path(__file__).parents[1]))
+from describe import TINY
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""Files and folders that are there whole or not at all; JSON and data: URLs from elsewhere, read strictly."""
+
+import base64
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+MAX_JSON_DEPTH = 50
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """A full disk while `path`, or a file beside it, is written is an `OSError` that names it, not what is copied."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from None
+    except OSError as error:
+        if error.filename is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            name = Path(error.filename2 or path).name
+            raise OSError(error.errno, error.strerror or str(error), str(path.with_name(name))) from None
+        raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    A free name beside `path`, for a file or a folder, which becomes `path` when all is written, whole even if the power
+    is cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with blaming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        unfinished = Path(folder, path.name)
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def save_whole(directory: Path, *parts) -> None:
+    """Saves a model and its processor in `directory`."""
+    with replacing(directory) as unfinished:
+        for part in parts:
+            part.save_pretrained(unfinished)
+
+
+def shown(value: object) -> str:
+    """A value for a message, in ASCII and not too long of it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def parse_json(data: bytes) -> dict:
+    """
+    The JSON object in UTF-8.
+
+    Raises:
+        `ValueError`: if it is none, repeats a key, is nested too deeply or holds what JSON does not know.
+    """
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"has the key {shown(max(keys, key=keys.count))} twice in one object")
+        return dict(pairs)
+
+    def no_number(name: str):
+        raise ValueError(f"is not JSON: {name} is no number")
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text: byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg}, at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object, got {shown(value)}")
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        entries = (entry for parent in level for entry in (parent.values() if isinstance(parent, dict) else parent))
+        level = [entry for entry in entries if isinstance(entry, dict | list)]
+    if level:
+        raise ValueError("is nested too deeply")
+    return value
+
+
+def picture_of(url: str) -> bytes:
+    """
+    The file in a data: URL of a picture.
+
+    Raises:
+        `ValueError`: if it is no such URL.
+    """
+    head, _, data = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ValueError(f"a data: URL must begin with data:image/...;base64, got {shown(head)}")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"the data: URL of a picture is not base64: {error}") from None
