@@ -63,7 +63,15 @@ def test_unknown_keys_survive(tmp_path):
 @pytest.mark.defect(8)
 @pytest.mark.parametrize(
     ("form", "expected"),
-    [("2", [2]), (" 3, 1 ", [1, 3]), ([0, 3], [0, 3]), ((1,), [1]), ("", [1, 2, 3]), (None, [1, 2, 3]), ([], [1, 2, 3])],
+    [
+        ("2", [2]),
+        (" 3, 1 ", [1, 3]),
+        ([0, 3], [0, 3]),
+        ((1,), [1]),
+        ("", [1, 2, 3]),
+        (None, [1, 2, 3]),
+        ([], [1, 2, 3]),
+    ],
 )
 def test_moe_layers(form, expected):
     config = Step3TextConfig(num_hidden_layers=4, moe_layers_enum=form)

@@ -604,7 +604,9 @@ def test_unreadable_metadata_do_not_stop_a_readable_picture(tmp_path):
 @pytest.mark.parametrize("broken", ["IDAT", "IHDR", "cut off", "text", "empty"])
 def test_a_broken_picture_is_an_os_error(tmp_path, broken):
     data = png(noise(90, 61))
-    data = {"cut off": data[:999], "text": b"no picture", "empty": b""}.get(broken, data.replace(broken.encode(), b"\0"))
+    data = {"cut off": data[:999], "text": b"no picture", "empty": b""}.get(
+        broken, data.replace(broken.encode(), b"\0")
+    )
     (tmp_path / "broken.png").write_bytes(data)
     fetch = Step3VLImageProcessor().fetch_images
     sources = [str(tmp_path / "broken.png"), *(f"{served(tmp_path)}/{name}.png" for name in ("broken", "nothing"))]

@@ -67,6 +67,7 @@ def test_describe_names_what_is_missing(random_model_dir, picture, tmp_path):
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.defect(20)
 def test_no_dead_code_and_one_style():
     for command in (["check", "."], ["format", "--check", "."]):
         result = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)
