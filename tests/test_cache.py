@@ -63,14 +63,10 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
 @torch.no_grad()
 def test_neither_a_static_cache_nor_the_positions_are_overrun(model, limit):
     ids = torch.tensor([[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]])
+    cache, message = StaticCache(model.config, max_cache_len=6), "no room for another token: the cache is full"
     if limit == "positions":
         model = small_model(small_config(text={"max_position_embedding": 6}))
         cache, message = DynamicCache(config=model.config), "6 cached and 1 new tokens"
-    else:
-        cache, message = (
-            StaticCache(config=model.config, max_cache_len=6),
-            "no room for another token: the cache is full",
-        )
     model(ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than .* 6"):
         model(ids[:, :2], cache=cache)

@@ -111,32 +111,16 @@ def pictures_of(*shape: int) -> dict[str, torch.Tensor]:
             "has 15 image tokens.*14 image features",
             {"num_patches": torch.tensor([2, 0, 0]), "patch_pixel_values": torch.zeros(2, 3, 56, 56)},
         ),
-        pytest.param(
-            r"the 0 patches of `patch_pixel_values`, got \[2, 0, 1\]",
-            {"patch_pixel_values": None},
-            marks=pytest.mark.defect(4),
-        ),
+        (r"the 0 patches of `patch_pixel_values`, got \[2, 0, 1\]", {"patch_pixel_values": None}),
         (r"the 3 patches of `patch_pixel_values`, got \[0, 0, 0\]", {"num_patches": None}),
         (r"the 3 patches of `patch_pixel_values`, got \[2, 0, 2\]", {"num_patches": torch.tensor([2, 0, 2])}),
         (r"the 2 pictures of `pixel_values`", pictures_of(2, 3, 112, 112)),
-        pytest.param(
-            r"square with a side that is a multiple of 14 pixels, got \(3, 3, 112, 98\)",
-            pictures_of(3, 3, 112, 98),
-            marks=pytest.mark.defect(5),
-        ),
+        (r"square with a side that is a multiple of 14 pixels, got \(3, 3, 112, 98\)", pictures_of(3, 3, 112, 98)),
         *(
-            pytest.param(
-                rf"Pictures must .*got \({', '.join(map(str, shape))}\)",
-                pictures_of(*shape),
-                marks=pytest.mark.defect(10),
-            )
+            (rf"Pictures must .*got \({', '.join(map(str, shape))}\)", pictures_of(*shape))
             for shape in ((112, 112), (3, 112, 112), (1, 3, 3, 112, 112), (3, 4, 112, 112), (3, 3, 100, 100))
         ),
-        pytest.param(
-            r"must hold `full_attention`, got \['sliding_attention'\]",
-            {"attention_mask": {"sliding_attention": None}},
-            marks=pytest.mark.defect(9),
-        ),
+        (r"must hold `full_attention`, got \['sliding_attention'\]", {"attention_mask": {"sliding_attention": None}}),
         *(
             (r"`attention_mask` must have the shape.*got \(", {"attention_mask": torch.ones(shape)})
             for shape in ((3, 13), (1, 14), (3, 14, 14), (3, 1, 13, 14))
@@ -146,7 +130,7 @@ def pictures_of(*shape: int) -> dict[str, torch.Tensor]:
         ("`labels` must be int64 of the shape .* got torch.float32", {"labels": torch.ones(3, 14)}),
     ],
 )
-@pytest.mark.defect(14)
+@pytest.mark.defect(4, 5, 9, 10, 14)
 def test_what_does_not_fit_is_refused(model, batch, message, changes):
     assert batch["input_ids"].shape == (3, 14)
     before = copy.deepcopy(batch)

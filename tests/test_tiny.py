@@ -140,6 +140,8 @@ model, processor = (auto.from_pretrained(directory, trust_remote_code=True)
     for auto in (AutoModelForImageTextToText, AutoProcessor))
 assert type(model).__module__.startswith("transformers_modules.")
 for batch_size in (64, 1):
+    if batch_size == 1:
+        model.fuse("step3_qkv", "step3_gate_up")
     answers = answer_scenes(model, processor, fresh_scenes(seed=8, count=6), batch_size=batch_size)
     assert len(answers) >= 24 and all(answer.is_right for answer in answers), answers
 """
@@ -227,7 +229,7 @@ def test_a_drawn_scene_is_described_without_naming_a_model(tmp_path):
     assert described.stdout.strip() == truths["Describe this picture."]
 
 
-def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tmp_path):
+def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch, capsys):
     result = run("train_tiny.py", tmp_path / "whole", "--steps", 30)
     assert result.returncode == 0, result.stderr
     start, end = tmp_path / "whole-training" / "checkpoint-27", tmp_path / "whole-training" / "checkpoint-30"
@@ -241,8 +243,10 @@ def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tm
         (("resumed",), "--resume"),
         (("none", "--resume"), "no training to resume"),
     ):
-        refused = run("train_tiny.py", tmp_path / arguments[0], "--steps", 30, *arguments[1:])
-        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", str(tmp_path / arguments[0]), *arguments[1:]])
+        with pytest.raises(SystemExit, match="2"):
+            train_tiny.main()
+        assert message in capsys.readouterr().err
     result = run("train_tiny.py", tmp_path / "resumed", "--steps", 30, "--resume")
     assert result.returncode == 0, result.stderr
     directories = (start, tmp_path / "whole", tmp_path / "resumed")
