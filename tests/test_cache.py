@@ -1,7 +1,5 @@
 """The cache that is bounded and can be cut back."""
 
-import functools
-
 import pytest
 import torch
 from conftest import assert_close, row_alone, small_batch, small_config, small_model
@@ -125,11 +123,15 @@ def test_a_conversation_goes_on(model):
     assert output.shape[1] > 20
 
 
-@pytest.mark.parametrize("make", [Step3BoundedCache, functools.partial(StaticCache, max_cache_len=18)])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
-def test_an_answer_ends_where_the_cache_is_full(model, batch, make, options, caplog):
-    inputs = row_alone(batch, 2)
-    cache = make(model.config, 18) if make is Step3BoundedCache else make(config=model.config)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        *((Step3BoundedCache, options) for options in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3})),
+        *((StaticCache, options) for options in ({}, {"num_beams": 2})),
+    ],
+)
+def test_an_answer_ends_where_the_cache_is_full(model, batch, make, options):
+    inputs, cache = row_alone(batch, 2), make(model.config, 18)
     options = {"do_sample": False, "disable_compile": True, **options}
     output = model.generate(**inputs, **options, max_new_tokens=50, min_new_tokens=5, cache=cache)
     assert output.shape[1] == 19  # of which the last is not cached

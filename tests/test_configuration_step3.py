@@ -111,20 +111,13 @@ def test_the_callers_dictionaries_are_left_alone():
     layers=st.integers(1, 9),
     chosen=st.sets(st.integers(0, 8)),
     as_text=st.booleans(),
-    heads=st.integers(1, 5),
-    head_dim=st.integers(1, 40).map(lambda n: 2 * n),
-    experts=st.integers(1, 9),
     theta=st.floats(1, 1e7),
 )
-def test_any_config_survives_a_round_trip(layers, chosen, as_text, heads, head_dim, experts, theta):
+def test_any_config_survives_a_round_trip(layers, chosen, as_text, theta):
     chosen = sorted(layer for layer in chosen if layer < layers)
     text = {
         "num_hidden_layers": layers,
         "moe_layers_enum": ",".join(map(str, chosen)) if as_text else chosen,
-        "num_attention_heads": heads,
-        "head_dim": head_dim,
-        "moe_num_experts": experts,
-        "moe_top_k": experts,
         "rope_theta": theta,
     }
     config = Step3VLConfig(text_config=text)
