@@ -169,7 +169,8 @@ def test_token_by_token_equals_one_pass(cache, attention, not_compiled):
         embeds[ids == IMAGE_TOKEN] = torch.cat(first.pooler_output)
         past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
         steps = [embeds[:, :3], embeds[:, 3:5], *embeds[:, 5:].split(1, dim=1)]
-        logits = [model(inputs_embeds=step, cache=past).logits for step in steps]
+        masks = [torch.ones(1, n).long() if n % 2 else None for n in itertools.accumulate(x.shape[1] for x in steps)]
+        logits = [model(inputs_embeds=x, attention_mask=mask, cache=past).logits for x, mask in zip(steps, masks)]
     assert_close(torch.cat(logits, 1), expected)
 
 
