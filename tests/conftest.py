@@ -196,6 +196,11 @@ def dequantised(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return plain
 
 
+def pytest_collection_modifyitems(items):
+    """The files that train come first, so that no worker is left with one of their tests at the end."""
+    items.sort(key=lambda item: item.path.stem not in ("test_finetune", "test_tiny"))
+
+
 @pytest.fixture(autouse=True)
 def no_deprecated_names():
     """Nothing that the package does makes transformers warn that it gives up the cache's older name."""

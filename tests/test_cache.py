@@ -1,11 +1,9 @@
 """The cache that is bounded and can be cut back."""
 
-import functools
-
 import pytest
 import torch
 from conftest import assert_close, row_alone, small_batch, small_config, small_model
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from step3_vl import Step3BoundedCache
 
@@ -15,7 +13,7 @@ pytestmark = pytest.mark.releases
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
-def test_it_is_used_as_a_dynamic_one(model, batch):
+def test_it_gives_the_answers_of_a_dynamic_cache(model, batch):
     assistant = small_model(small_config(text={"num_hidden_layers": 2, "moe_layers_enum": "1"}))
     alone = row_alone(batch, 2)
     for inputs, options in (
@@ -56,6 +54,25 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     for keep in (0, 6):
         with pytest.raises(ValueError, match=f"`keep` must lie between 1 and 5, below `max_length`, got {keep}"):
             Step3BoundedCache(model.config, 6, keep=keep)
+
+
+@pytest.mark.defect(13)
+@pytest.mark.parametrize("limit", ["cache", "positions"])
+@torch.no_grad()
+def test_neither_a_static_cache_nor_the_positions_are_overrun(model, limit):
+    ids = torch.tensor([[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]])
+    cache, message = StaticCache(model.config, max_cache_len=6), "no room for another token: the cache is full"
+    if limit == "positions":
+        model = small_model(small_config(text={"max_position_embedding": 6}))
+        cache, message = DynamicCache(config=model.config), "6 cached and 1 new tokens"
+    model(ids[:, :5], cache=cache)
+    with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than .* 6"):
+        model(ids[:, :2], cache=cache)
+    assert_close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
+    keys = cache.layers[0].keys.clone()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model(ids[:, :1], cache=cache)
+    assert torch.equal(cache.layers[0].keys, keys) and int(cache.get_seq_length()) == 6
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -106,11 +123,15 @@ def test_a_conversation_goes_on(model):
     assert output.shape[1] > 20
 
 
-@pytest.mark.parametrize("make", [Step3BoundedCache, functools.partial(StaticCache, max_cache_len=18)])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
-def test_an_answer_ends_where_the_cache_is_full(model, batch, make, options, caplog):
-    inputs = row_alone(batch, 2)
-    cache = make(model.config, 18) if make is Step3BoundedCache else make(config=model.config)
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        *((Step3BoundedCache, options) for options in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3})),
+        *((StaticCache, options) for options in ({}, {"num_beams": 2})),
+    ],
+)
+def test_an_answer_ends_where_the_cache_is_full(model, batch, make, options):
+    inputs, cache = row_alone(batch, 2), make(model.config, 18)
     options = {"do_sample": False, "disable_compile": True, **options}
     output = model.generate(**inputs, **options, max_new_tokens=50, min_new_tokens=3, cache=cache)
     new = 3 if "prompt_lookup_num_tokens" in options else 5  # there is room for two more that are proposed

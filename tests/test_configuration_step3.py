@@ -2,6 +2,8 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from step3_vl import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
 
@@ -56,15 +58,23 @@ def test_unknown_keys_survive(tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["im_end_token"] == "<im_end>" and saved["image_token_len"] == 169
     assert saved["text_config"]["use_im_start_end"] == "true"
-    assert Step3VLConfig.from_pretrained(tmp_path).to_dict() == Step3VLConfig.from_pretrained(tmp_path).to_dict()
 
 
+@pytest.mark.defect(8)
 @pytest.mark.parametrize(
-    ("given", "expected"),
-    [("2", [2]), ("3, 1", [1, 3]), ([0, 3], [0, 3]), ((1,), [1]), ("", [1, 2, 3]), (None, [1, 2, 3]), ([], [1, 2, 3])],
+    ("form", "expected"),
+    [
+        ("2", [2]),
+        (" 3, 1 ", [1, 3]),
+        ([0, 3], [0, 3]),
+        ((1,), [1]),
+        ("", [1, 2, 3]),
+        (None, [1, 2, 3]),
+        ([], [1, 2, 3]),
+    ],
 )
-def test_moe_layers(given, expected):
-    config = Step3TextConfig(num_hidden_layers=4, moe_layers_enum=given)
+def test_moe_layers(form, expected):
+    config = Step3TextConfig(num_hidden_layers=4, moe_layers_enum=form)
     assert config.moe_layers == expected
     assert Step3TextConfig(**config.to_dict()).moe_layers == expected
 
@@ -89,11 +99,33 @@ def test_standard_names():
 
 
 def test_the_callers_dictionaries_are_left_alone():
-    given = json.loads(json.dumps(RELEASED))
-    given["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
-    before = json.dumps(given)
-    Step3VLConfig(**given)
-    assert json.dumps(given) == before
+    values = json.loads(json.dumps(RELEASED))
+    values["text_config"]["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0}
+    before = json.dumps(values)
+    Step3VLConfig(**values)
+    assert json.dumps(values) == before
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    layers=st.integers(1, 9),
+    chosen=st.sets(st.integers(0, 8)),
+    as_text=st.booleans(),
+    theta=st.floats(1, 1e7),
+)
+def test_any_config_survives_a_round_trip(layers, chosen, as_text, theta):
+    chosen = sorted(layer for layer in chosen if layer < layers)
+    text = {
+        "num_hidden_layers": layers,
+        "moe_layers_enum": ",".join(map(str, chosen)) if as_text else chosen,
+        "rope_theta": theta,
+    }
+    config = Step3VLConfig(text_config=text)
+    again = Step3VLConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+    assert again.text_config.moe_layers == (chosen or list(range(1, layers)))
+    assert again.text_config.rope_parameters["rope_theta"] == theta
+    assert Step3TextConfig(**config.to_dict()["text_config"]).to_dict() == config.text_config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +148,9 @@ def test_the_callers_dictionaries_are_left_alone():
         (Step3TextConfig, {"head_dim": 7}, "`head_dim` must be even.*7"),
         (Step3TextConfig, {"num_attention_heads": 6, "num_attention_groups": 4}, "must divide.*4 for 6"),
         (Step3TextConfig, {"moe_top_k": 49}, "`moe_top_k` must not exceed `moe_num_experts`, got 49 of 48"),
-        (Step3TextConfig, {"moe_layers_enum": "4,x"}, "`moe_layers_enum` must list layer indices.*4,x"),
+        *((Step3TextConfig, {"moe_layers_enum": form}, f"`moe_layers_enum` must list layer indices.*{form}")
+            for form in ("4,x", "4,,5")),
+        (Step3TextConfig, {"moe_layers_enum": 5}, "moe_layers_enum"),
         (Step3TextConfig, {"moe_layers_enum": [4, 61]}, "between 0 and 60, got '4,61'"),
         (Step3TextConfig, {"moe_layers_enum": "-1"}, "between 0 and 60, got '-1'"),
         (Step3VisionEncoderConfig, {"num_attention_heads": 15}, "15 heads for 1792 channels"),
@@ -129,3 +163,10 @@ def test_the_callers_dictionaries_are_left_alone():
 def test_values_are_checked(config_class, changes, message):
     with pytest.raises(StrictDataclassError, match=message):
         config_class(**changes)
+
+
+@pytest.mark.defect(1)
+def test_values_that_are_set_later_are_checked():
+    config = Step3TextConfig()
+    with pytest.raises(StrictDataclassError, match=r"'attention_dropout'.*\n.*got 1.5"):
+        config.attention_dropout = 1.5

@@ -1,15 +1,12 @@
 """Rewrites of a loaded model: `fuse`, `unfuse`, `fusion_report`, `register_rewrite`."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_close, cache_of, small_batch, small_model
+from conftest import assert_close, cache_of, small_batch, small_model
 from safetensors.torch import load_file
 from test_saving import assert_same_tensors
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -152,30 +149,6 @@ def test_whatever_becomes_of_the_layers_their_own_weights_are_used(directory, ch
                 if "_proj" in name:
                     parameter.mul_(1.5)
     assert_close(logits(changed), logits(plain))
-
-
-WITHOUT_THE_PACKAGE = """
-import sys
-sys.modules["step3_vl"] = None  # as on a machine that does not have it
-import torch
-from transformers import AutoModelForImageTextToText
-fused, plain = (
-    AutoModelForImageTextToText.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
-    for _ in range(2)
-)
-fused.fuse("step3_qkv", "step3_gate_up")
-assert type(fused).__module__.startswith("transformers_modules.")
-ids = torch.arange(20)[None]
-with torch.no_grad():
-    torch.testing.assert_close(fused(ids).logits, plain(ids).logits)
-"""
-
-
-def test_remote_code_is_fused_too(tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(ROOT / "checkpoints" / "step3-tiny")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
 
 
 def test_what_cannot_be_fused_is_refused_and_nothing_is_changed(directory):

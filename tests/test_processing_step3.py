@@ -14,20 +14,24 @@ import numpy as np
 import pytest
 import torch
 from benchmark import plain_pixels
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from PIL import Image
 from transformers import AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.chat_parsing import ResponseParser
 
+import step3_vl.processing_step3
 from step3_vl import Step3VLImageProcessor, Step3VLProcessor
-from step3_vl.processing_step3 import RESPONSE_TEMPLATE
+from step3_vl.processing_step3 import RESPONSE_TEMPLATE, plan_picture
 
 
 pytestmark = pytest.mark.releases
 
 
 RAMP = np.linspace(0, 255, 60 * 90 * 3).reshape(60, 90, 3).astype(np.uint8)
+NORMALISED = np.linspace(-1.79, 2.14, 243).reshape(9, 9, 3)
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "processor.json").read_text())
 
 
@@ -54,38 +58,25 @@ def served(folder: Path) -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-@pytest.mark.parametrize(
-    ("size", "padded", "view", "window", "columns", "rows"),
-    [
-        # The shorter side below 32 and more than 4:1: padded.
-        ((125, 31), (125, 125), (125, 125), 0, 0, 0),
-        ((124, 31), (124, 31), (124, 31), 31, 4, 1),
-        ((192, 32), (192, 32), (192, 32), 32, 6, 1),
-        # Beyond 3024 pixels: scaled down.
-        ((3024, 1000), (3024, 1000), (3024, 1000), 504, 6, 2),
-        ((3025, 1000), (3025, 1000), (3024, 999), 504, 6, 2),
-        # Up to 728 pixels: cut if more than 3:2, which photographs have.
-        ((600, 400), (600, 400), (600, 400), 0, 0, 0),
-        ((601, 400), (601, 400), (601, 400), 400, 2, 1),
-        ((400, 600), (400, 600), (400, 600), 0, 0, 0),
-        ((728, 400), (728, 400), (728, 400), 400, 2, 1),
-        ((728, 728), (728, 728), (728, 728), 0, 0, 0),
-        # Beyond: windows of 504 pixels, or of the shorter side if more than 4:1.
-        ((729, 400), (729, 400), (729, 400), 504, 2, 1),
-        ((1200, 800), (1200, 800), (1200, 800), 504, 3, 2),
-        ((800, 200), (800, 200), (800, 200), 504, 2, 1),
-        ((801, 200), (801, 200), (801, 200), 200, 4, 1),
-        # A rest of more than 0.2 windows is another one, in floats: 6 / 5 - 1 is below 0.2, 11 / 5 - 2 above.
-        ((604, 1000), (604, 1000), (604, 1000), 504, 1, 2),
-        ((605, 1000), (605, 1000), (605, 1000), 504, 2, 2),
-        ((219, 100), (219, 100), (219, 100), 100, 2, 1),
-        ((220, 100), (220, 100), (220, 100), 100, 3, 1),
-    ],
-)
-def test_plans_where_a_rule_begins(released, size, padded, view, window, columns, rows):
+@pytest.mark.parametrize(("size", "view", "window", "columns", "rows"), [
+    # The shorter side below 32 and more than 4:1: padded.
+    ((125, 31), (125, 125), 0, 0, 0), ((124, 31), (124, 31), 31, 4, 1), ((192, 32), (192, 32), 32, 6, 1),
+    # Beyond 3024 pixels: scaled down.
+    ((3024, 1000), (3024, 1000), 504, 6, 2), ((3025, 1000), (3024, 999), 504, 6, 2),
+    # Up to 728 pixels: cut if more than 3:2, which photographs have.
+    ((600, 400), (600, 400), 0, 0, 0), ((601, 400), (601, 400), 400, 2, 1), ((400, 600), (400, 600), 0, 0, 0),
+    ((728, 400), (728, 400), 400, 2, 1), ((728, 728), (728, 728), 0, 0, 0),
+    # Beyond: windows of 504 pixels, or of the shorter side if more than 4:1.
+    ((729, 400), (729, 400), 504, 2, 1), ((1200, 800), (1200, 800), 504, 3, 2),
+    ((800, 200), (800, 200), 504, 2, 1), ((801, 200), (801, 200), 200, 4, 1),
+    # A rest of more than 0.2 windows is another one, in floats: 6 / 5 - 1 is below 0.2, 11 / 5 - 2 above.
+    ((604, 1000), (604, 1000), 504, 1, 2), ((605, 1000), (605, 1000), 504, 2, 2),
+    ((219, 100), (219, 100), 100, 2, 1), ((220, 100), (220, 100), 100, 3, 1),
+])  # fmt: skip
+def test_plans_where_a_rule_begins(released, size, view, window, columns, rows):
     plan = released.plan(*size)
-    assert (plan.padded_size, plan.view_size) == (padded, view)
-    assert (plan.window, plan.columns, plan.rows) == (window, columns, rows)
+    assert (plan.view_size, plan.window, plan.columns, plan.rows) == (view, window, columns, rows)
+    assert plan.padded_size == ((125, 125) if size == (125, 31) else size)
     small = Step3VLImageProcessor(size={"height": 240, "width": 240}, patch_size=160)
     assert [small.plan(side, 300).columns for side in (192, 193, 352)] == [1, 2, 3]
 
@@ -114,6 +105,38 @@ def test_counts_of_the_goldens(released, processor):
         assert (plan.num_patches, plan.num_newlines) == (golden["num_patches"], golden["num_newlines"]), golden
         assert counts["num_image_tokens"][i] == golden["num_tokens"], golden
         assert counts["num_image_patches"][i] == golden["num_patches"], golden
+
+
+sizes = st.integers(1, 6000)
+
+
+@settings(max_examples=300, deadline=None)
+@given(width=sizes, height=sizes, view=st.integers(14, 900), patch=st.integers(14, 900), longest=st.integers(100, 4000))
+def test_every_patch_lies_in_the_plan(width, height, view, patch, longest):
+    plan = plan_picture(width, height, view, min(patch, view), longest)
+    assert max(plan.view_size) <= max(longest, 1) and min(plan.view_size) >= 1
+    assert plan.num_newlines == sum(plan.newline_mask) == max(plan.rows - 1, 0)
+    assert len(plan.newline_mask) == plan.num_patches == plan.rows * plan.columns
+    if plan.num_patches:
+        assert 0 < plan.window <= max(plan.view_size)
+        for side, count in zip(plan.cut_size, (plan.columns, plan.rows), strict=True):
+            assert (count - 1) * plan.window < side <= count * plan.window  # each square has something of the picture
+
+
+@settings(max_examples=25, deadline=None)
+@given(width=st.integers(1, 400), height=st.integers(1, 400))
+def test_what_is_counted_is_what_is_made(width, height):
+    processor = Step3VLImageProcessor(size={"height": 56, "width": 56}, patch_size=42, max_image_size=210)
+    plan = processor.plan(width, height)
+    output = processor([Image.new("RGB", (width, height), "white")], return_tensors="pt")
+    assert output["num_patches"].tolist() == [plan.num_patches]
+    assert output["pixel_values"].shape == (1, 3, 56, 56)
+    if plan.num_patches:
+        assert output["patch_pixel_values"].shape == (plan.num_patches, 3, 42, 42)
+        mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+        black, white = (torch.tensor((value - mean) / std) for value in (0, 1))
+        pixels = output["patch_pixel_values"].movedim(1, -1)
+        assert (pixels <= white + 1e-4).all() and (pixels >= black - 1e-4).all()
 
 
 def test_pixels_of_the_goldens(released):
@@ -151,21 +174,10 @@ def test_a_batch_is_its_pictures_one_by_one():
         assert [shape[0] for shape in calls] == [1, 3, 1]
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        (3024, 3024),
-        (3100, 500),
-        (1000, 700),
-        (1008, 700),
-        (1008, 1512),
-        (800, 300),
-        (504, 504),
-        (728, 300),
-        (20, 100),
-        (1, 300),
-    ],
-)
+@pytest.mark.parametrize("size", [
+    (3024, 3024), (3100, 500), (1000, 700), (1008, 700), (1008, 1512), (800, 300), (504, 504), (728, 300),
+    (20, 100), (1, 300),
+])  # fmt: skip
 def test_pixels_are_those_of_the_plain_path_bit_by_bit(size):
     processor, picture = Step3VLImageProcessor(), noise(*size)
     output = processor([picture], return_tensors="pt")
@@ -200,10 +212,10 @@ def test_every_way_to_give_a_picture(tmp_path):
         "DATA URL in lines": f"DATA:image/png;base64,{lines}",
         "quoted data url": f"data:image/png;base64,{quote(lines)}",
     }
-    for way, given in ways.items():
-        fetched = image_processor.fetch_images([[given]])
+    for way, form in ways.items():
+        fetched = image_processor.fetch_images([[form]])
         assert torch.equal(image_processor(fetched, return_tensors="pt")["pixel_values"], expected), way
-        assert torch.equal(image_processor(given, return_tensors="pt")["pixel_values"], expected), way
+        assert torch.equal(image_processor(form, return_tensors="pt")["pixel_values"], expected), way
 
 
 def test_every_mode_becomes_rgb(tmp_path):
@@ -427,19 +439,65 @@ def test_what_the_fallback_template_cannot_write_is_refused(processor, message):
     ("call", "message"),
     [
         ({"text": "no place", "images": [noise(9, 9)]}, r"should be the same"),
-        ({"text": "<im_patch>"}, r"no images were passed|found \[1\] tokens and 0 images"),
+        ({"images": None}, r"no images were passed|found \[1\] tokens and 0 images"),
         ({"text": ["<im_patch>", "none"], "images": [[], [noise(9, 9)]]}, r"found \[1, 0\] tokens and \[0, 1\] images"),
-        ({"text": "<im_patch>", "images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
-        ({"text": "<im_patch>", "images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
-        ({"text": "<im_patch>", "images": noise(9, 9), "size": {"height": 28, "width": 56}}, "`size` must be a square"),
-        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "rows_first"}, "not a valid ChannelDimension"),
-        ({"text": "<im_patch>", "images": RAMP, "input_data_format": "channels_first"}, "at most four channels"),
-        ({}, "at least one input|got neither"),
+        ({"text": None, "images": None}, "at least one input|got neither"),
+        ({"text": ""}, "`text` must be a string or a list of strings, none of them empty, got ''"),
+        ({"text": []}, r"none of them empty, got \[\]"),
+        ({"text": ["a", None]}, r"got \['a', None\]"),
+        ({"text": 5}, "got 5"),
+        ({"images": noise(300, 300), "truncation": True, "max_length": 6}, "truncation"),
+        ({"images": Image.new("RGB", (0, 5))}, "at least one pixel a side, got 0 x 5"),
+        ({"images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
+        ({"images": Image.new("RGB", (30000, 20))}, "narrower than 32 pixels.* got 30000 x 20"),
+        ({"images": np.zeros((9, 9, 5), np.uint8)}, "channel dimension"),
+        ({"images": RAMP, "input_data_format": "rows_first"}, "not a valid ChannelDimension"),
+        ({"images": RAMP, "input_data_format": "channels_first"}, "at most four channels"),
+        ({"images": RAMP, "image_std": [0.0] * 3}, "`image_std` must be finite numbers above 0"),
+        ({"images": RAMP, "image_mean": [0.5]}, "a value for each of the 3 channels"),
+        ({"images": RAMP, "patch_size": 0}, "`patch_size` must be a positive number, got 0"),
+        ({"images": RAMP, "size": {"height": 28, "width": 56}}, "`size` must be a square"),
+        # Pixels that have no meaning, or could have two.
+        ({"images": np.zeros((9, 9, 3), complex)}, "must be real numbers, got complex128"),
+        ({"images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
+        ({"images": np.full((9, 9, 3), 1.5)}, "`do_rescale=False` says that floats are from"),
+        ({"images": np.full((9, 9, 3), -0.5)}, "got float64 values from -0.5 to -0.5"),
+        ({"images": np.full((9, 9, 3), 300.0)}, "from 300.0 to 300.0"),
+        ({"images": np.full((9, 9, 3), 256)}, "16-bit ones are told by the type uint16"),
+        ({"images": np.full((9, 9, 3), -1)}, "from -1 to -1"),
+        ({"images": NORMALISED}, "from -1.79 to 2.14"),
+        ({"images": NORMALISED, "do_rescale": False}, "Pixel values must lie in"),
+        ({"images": RAMP / 127.5 - 1, "do_rescale": False}, "Pixel values must lie in"),
     ],
 )
 def test_what_does_not_fit_is_refused(processor, call, message):
     with pytest.raises(ValueError, match=message):
-        processor(**call)
+        processor(**{"text": "<im_patch>", **call})
+
+
+@pytest.mark.parametrize("pictures", [[], [[], []]])
+def test_an_image_processor_takes_one_picture_at_least(released, pictures):
+    with pytest.raises(ValueError, match="`images` must hold one picture at least"):
+        released(pictures)
+
+
+def test_pictures_of_one_pixel_and_of_30000(processor):
+    inputs = processor(
+        text="<im_patch>" * 2, images=[Image.new("L", (1, 1)), Image.new("RGB", (30000, 3000))], return_tensors="pt"
+    )
+    assert inputs["num_patches"].tolist() == [0, 10]
+    assert inputs["pixel_values"].isfinite().all()
+    assert "pixel_values" not in processor(text="no picture", images=[])
+
+
+def test_videos_and_sound_are_ignored_with_a_warning(processor, monkeypatch):
+    warned = []
+    monkeypatch.setattr(step3_vl.processing_step3.logger, "warning_once", warned.append)
+    expected = processor(text="a", return_tensors="pt")
+    for name, media in (("videos", [RAMP[None]]), ("audio", [np.zeros(9)])):
+        got = processor(text="a", **{name: media}, return_tensors="pt")
+        assert got.keys() == expected.keys() and torch.equal(got["input_ids"], expected["input_ids"])
+        assert name in warned.pop()
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(released, processor):
@@ -473,6 +531,8 @@ def test_floats_that_are_not_rescaled_give_what_the_8_bit_picture_gives(kind):
         Step3VLImageProcessor()(kind(unit), do_rescale=False, return_tensors="pt")["pixel_values"],
     ):
         torch.testing.assert_close(got, expected, atol=tolerance * step, rtol=0)
+    grey = Image.fromarray(unit[..., 0])  # of mode F
+    assert torch.equal(pixels_of(grey, do_rescale=False), pixels_of(Image.fromarray(RAMP[..., 0])))
     # 8 bits that are not rescaled stay what they are, as with any processor.
     torch.testing.assert_close(
         pixels_of(RAMP, do_rescale=False, do_normalize=False),
@@ -497,33 +557,6 @@ def test_a_float_that_overshoots_is_clipped(do_rescale):
         assert torch.equal(pixels_of(wide), expected)
 
 
-@pytest.mark.parametrize(
-    "picture, message",
-    [
-        (np.full((9, 9, 3), 1.5), "`do_rescale=False` says that floats are from"),
-        (np.full((9, 9, 3), -0.5), "got float64 values from -0.5 to -0.5"),
-        (np.full((9, 9, 3), 300.0), "from 300.0 to 300.0"),
-        (np.full((9, 9, 3), 256), "16-bit ones are told by the type uint16"),
-        (np.full((9, 9, 3), -1), "from -1 to -1"),
-        (np.linspace(-1.79, 2.14, 243).reshape(9, 9, 3), "from -1.79 to 2.14"),  # normalised already
-        ([], "`images` must hold one picture at least"),
-        ([[], []], "`images` must hold one picture at least"),
-    ],
-)
-def test_pixels_that_could_mean_two_things_are_refused(picture, message):
-    with pytest.raises(ValueError, match=message):
-        pixels_of(picture)
-
-
-def test_what_do_rescale_says_of_floats_must_be_true():
-    grey = Image.fromarray((RAMP[..., 0] / 255).astype(np.float32))
-    assert grey.mode == "F"
-    assert torch.equal(pixels_of(grey, do_rescale=False), pixels_of(Image.fromarray(RAMP[..., 0])))
-    for wrong in (RAMP / 127.5 - 1, np.linspace(-1.79, 2.14, 243).reshape(9, 9, 3)):
-        with pytest.raises(ValueError, match="Pixel values must lie in"):
-            pixels_of(wrong, do_rescale=False)
-
-
 def test_integers_mean_what_their_type_says():
     expected = pixels_of(RAMP)
     dark = np.zeros((9, 9, 3), np.uint16)
@@ -542,78 +575,62 @@ def test_unreadable_metadata_do_not_stop_a_readable_picture(tmp_path):
     fetch = Step3VLImageProcessor().fetch_images
     for source in (str(tmp_path / "picture.png"), base64.b64encode(data).decode(), f"{served(tmp_path)}/picture.png"):
         assert torch.equal(pixels_of(fetch(source)), expected)
-    turned = io.BytesIO()
-    exif = Image.Exif()
-    exif[274] = 6  # orientation: to be turned by 90 degrees
-    Image.fromarray(RAMP).save(turned, "png", exif=exif)
-    upright = np.ascontiguousarray(np.rot90(RAMP, -1))
-    assert torch.equal(pixels_of(Image.open(turned)), pixels_of(upright))
 
 
-@pytest.mark.parametrize("broken", [b"IDAT", b"IHDR"])
+@pytest.mark.parametrize("broken", ["IDAT", "IHDR", "cut off", "text", "empty"])
 def test_a_broken_picture_is_an_os_error(tmp_path, broken):
-    data = bytearray(png(Image.fromarray(RAMP)))
-    place = bytes(data).rindex(broken)
-    data[place : place + 4] = b"\0\1\2\3"
+    data = png(noise(90, 61))
+    data = {"cut off": data[:999], "text": b"no picture", "empty": b""}.get(
+        broken, data.replace(broken.encode(), b"\0")
+    )
     (tmp_path / "broken.png").write_bytes(data)
-    processor = Step3VLImageProcessor()
-    sources = (str(tmp_path / "broken.png"), base64.b64encode(data).decode())
-    for source in (*sources, f"{served(tmp_path)}/broken.png", f"{served(tmp_path)}/nothing.png"):
+    fetch = Step3VLImageProcessor().fetch_images
+    sources = [str(tmp_path / "broken.png"), *(f"{served(tmp_path)}/{name}.png" for name in ("broken", "nothing"))]
+    for source in (*sources, base64.b64encode(data).decode()) if data else sources:
         with pytest.raises(OSError):
-            processor.fetch_images(source)
-    for source in ("http://127.0.0.1:port/picture.png", "nowhere/picture1", "data:image/png;base64,"):
-        with pytest.raises(OSError, match=f"{source}.* cannot be"):
-            processor.fetch_images(source)
+            fetch(source)
 
 
-def test_a_name_of_no_picture_is_a_value_error():
-    with pytest.raises(ValueError, match="must be a URL, a path or base64, got 'nowhere.png'"):
-        Step3VLImageProcessor().fetch_images("nowhere.png")
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("http://127.0.0.1:port/picture.png", OSError, "http://127.0.0.1:port/picture.png.* cannot be"),
+        ("nowhere/picture1", OSError, "nowhere/picture1.* cannot be"),
+        ("data:image/png;base64,", OSError, "data:image/png;base64,.* cannot be"),
+        ("nowhere.png", ValueError, "must be a URL, a path or base64, got 'nowhere.png'"),
+    ],
+)
+def test_a_source_of_no_picture_is_named(source, error, message):
+    with pytest.raises(error, match=message):
+        Step3VLImageProcessor().fetch_images(source)
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(processor, tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(png(noise(90, 61)))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(Image.DecompressionBombError, match="5490 pixels.*exceeds limit"):
+        processor(text="<im_patch>", images=str(tmp_path / "picture.png"))
 
 
 @pytest.mark.parametrize(
     "mode", ["1", "L", "LA", "La", "P", "RGB", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
 )
-def test_pictures_of_any_mode(mode):
-    picture = {
-        "La": lambda: Image.new("LA", (9, 9), (200, 255)).convert("La"),
-        "RGBa": lambda: Image.new("RGBA", (9, 9), (10, 200, 30, 255)).convert("RGBa"),
-    }.get(
-        mode,
-        lambda: (
-            Image.new("RGB", (9, 9), (10, 200, 30)).convert("L").convert(mode)
-            if mode in "1LIFP"
-            else Image.new(mode, (9, 9))
-        ),
-    )()
-    assert picture.mode == mode
+def test_a_picture_of_any_mode_is_left_as_it_is(mode):
+    picture = Image.new(mode, (9, 9))
     before = (picture.mode, picture.size, picture.tobytes(), dict(picture.info))
     assert pixels_of(picture).isfinite().all() and pixels_of(picture).shape == (1, 3, 728, 728)
     Step3VLImageProcessor()(picture, do_rescale=False, do_normalize=False, do_convert_rgb=False)
     assert (picture.mode, picture.size, picture.tobytes(), dict(picture.info)) == before
 
 
-@pytest.mark.parametrize(
-    ("shape", "size"),
-    [
-        # One end alone can be the channels.
-        ((9, 8, 3), (8, 9)),
-        ((3, 9, 8), (8, 9)),
-        ((9, 8, 1), (8, 9)),
-        ((1, 9, 8), (8, 9)),
-        ((4, 9, 8), (8, 9)),
-        # Three channels come before one and four.
-        ((1, 1, 3), (1, 1)),
-        ((1, 9, 3), (9, 1)),
-        ((4, 9, 3), (9, 4)),
-        ((3, 9, 1), (1, 9)),
-        ((3, 9, 4), (4, 9)),
-        # Else transformers takes the first, with a warning.
-        ((3, 1, 3), (3, 1)),
-        ((1, 9, 1), (1, 9)),
-        ((4, 9, 4), (4, 9)),
-    ],
-)
+@pytest.mark.parametrize(("shape", "size"), [
+    # One end alone can be the channels.
+    ((9, 8, 3), (8, 9)), ((3, 9, 8), (8, 9)), ((9, 8, 1), (8, 9)), ((1, 9, 8), (8, 9)), ((4, 9, 8), (8, 9)),
+    # Three channels come before one and four.
+    ((1, 1, 3), (1, 1)), ((1, 9, 3), (9, 1)), ((4, 9, 3), (9, 4)), ((3, 9, 1), (1, 9)), ((3, 9, 4), (4, 9)),
+    # Else transformers takes the first, with a warning.
+    ((3, 1, 3), (3, 1)), ((1, 9, 1), (1, 9)), ((4, 9, 4), (4, 9)),
+])  # fmt: skip
 def test_which_end_of_an_array_is_its_channels(shape, size):
     assert Step3VLImageProcessor().process_image(np.zeros(shape, np.uint8)).size == size
 
@@ -651,17 +668,11 @@ def test_a_file_at_a_url_has_a_largest_size(tmp_path):
 STEP3_TINY = Path(__file__).parents[1] / "checkpoints" / "step3-tiny"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "configuration_step3.Step3VLConfig",
-        "processing_step3.Step3VLProcessor",
-        "modeling_step3.Step3VLForConditionalGeneration",
-    ],
-)
+@pytest.mark.parametrize("name", ["Step3VLConfig", "Step3VLProcessor", "Step3VLForConditionalGeneration"])
 def test_classes_of_remote_code_are_found_by_name(name):
     """As dill looks for them, which pickles all of a class that it does not find."""
-    loaded = get_class_from_dynamic_module(name, STEP3_TINY)
+    module = getattr(step3_vl, name).__module__.rpartition(".")[2]
+    loaded = get_class_from_dynamic_module(f"{module}.{name}", STEP3_TINY)
     top, _, path = f"{loaded.__module__}.{loaded.__qualname__}".partition(".")
     assert operator.attrgetter(path)(importlib.import_module(top)) is loaded
 

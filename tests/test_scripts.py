@@ -117,6 +117,7 @@ def test_fuzz_finds_nothing():
     assert "100 attempts, 0 not as documented" in result.stdout
 
 
+@pytest.mark.defect(20)
 def test_no_dead_code_and_one_style():
     for command in (["check", "."], ["format", "--check", "."]):
         result = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)

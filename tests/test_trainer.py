@@ -10,7 +10,7 @@ pytestmark = pytest.mark.releases
 
 
 @pytest.mark.parametrize("part", ["whole", "text"])
-def test_label_smoothing_goes_over_into_none(tmp_path, part):
+def test_next_to_no_label_smoothing_changes_nothing(tmp_path, part):
     """It has a loss of its own, which must know that labels are the next tokens."""
     model = small_model()
     batch = small_batch(model)
