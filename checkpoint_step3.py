@@ -28,6 +28,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    SplitModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -91,6 +92,10 @@ register_checkpoint_conversion_mapping(
         WeightConverter(SINGLE_DOWN, "moe.experts.down_proj", [MergeExperts()]),
         WeightRenaming(DOWN, "moe.experts.down_proj"),
         WeightRenaming(rf"{DOWN}_scale_inv", "moe.experts.down_proj_scale_inv"),
+        # Linear experts are stacked when they are saved. `(?!)` matches nothing: stacked ones are not taken apart here.
+        WeightConverter(rf"(?!){GATE}", "moe.experts.*.gate_proj.weight", [SplitModulelist()]),
+        WeightConverter(rf"(?!){UP}", "moe.experts.*.up_proj.weight", [SplitModulelist()]),
+        WeightConverter(rf"(?!){DOWN}", "moe.experts.*.down_proj.weight", [SplitModulelist()]),
     ],
     overwrite=True,
 )
@@ -110,9 +115,8 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-# The weights of all experts, or their scales, as the release has them; and those of one, in a model of linear experts.
+# The weights of all experts, or their scales, as the release has them.
 STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
-SINGLE_EXPERT = re.compile(r"(.*\.moe\.)experts\.\d+\.(.+)")
 
 
 def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,17 +128,6 @@ def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
         else:
             single[name] = weight
     return single
-
-
-def stack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights, with those of single experts as ones of all experts, under the released names."""
-    stacked, experts = {}, {}
-    for name in sorted(weights, key=dot_natural_key):
-        if match := SINGLE_EXPERT.fullmatch(name):
-            experts.setdefault(match[1] + match[2], []).append(weights[name])
-        else:
-            stacked[name] = weights[name]
-    return stacked | {name: torch.stack(parts) for name, parts in experts.items()}
 
 
 def converts_experts(transform) -> bool:
@@ -308,21 +301,9 @@ class Step3Checkpoint:
                 take_back_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if is_fp8 and settings.dequantize:  # or transformers 5.19 would save it in fp8
-            del model._weight_conversions
+        if settings.dequantize if is_fp8 else is_linear and quantizer is None:
+            del model._weight_conversions  # those that were used: to be saved as any model, stacked and not in fp8
         return loaded
-
-    def save_pretrained(self, save_directory, *args, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
-        """
-        As for any model. Experts that are linear layers are saved as the release has them if they are not quantised and
-        have no adapters, and one by one otherwise.
-        """
-        if has_linear_experts(self) and getattr(self, "hf_quantizer", None) is None:
-            weights = self.state_dict() if state_dict is None else state_dict
-            matches = filter(None, map(SINGLE_EXPERT.fullmatch, weights))
-            if all(match[2].endswith("_proj.weight") for match in matches):
-                state_dict = stack_experts(weights)
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
