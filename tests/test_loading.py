@@ -11,6 +11,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_saving import assert_same_tensors
 from transformers import AutoModelForImageTextToText
+from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from step3_vl import Step3TextForCausalLM, Step3VLConfig, Step3VLForConditionalGeneration
@@ -68,6 +69,19 @@ def test_fp8_is_kept_where_a_gpu_has_it(fp8, tmp_path, monkeypatch):
         assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), source)
     with pytest.raises(ValueError, match="`moe_intermediate_size` is a multiple of the blocks' 128 rows, got 136"):
         AutoModelForImageTextToText.from_pretrained(fp8)
+
+
+def test_an_adapter_is_read_together_with_an_fp8_model(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    directory = make_fp8_checkpoint(tmp_path / "model", "hidden_size=256", "moe_intermediate_size=128")
+    model = Step3VLForConditionalGeneration.from_pretrained(directory)
+    expected = [name for name, module in model.named_modules() if type(module) is FP8Linear]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = Step3VLForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    found = [name.replace(".base_layer", "") for name, module in again.named_modules() if type(module) is FP8Linear]
+    assert found == expected
 
 
 @pytest.mark.parametrize("place", ["disk", "cpu"])
@@ -136,7 +150,7 @@ def test_experts_that_were_saved_one_by_one_are_read(fp8, bfloat16, tmp_path, ki
         assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("saved", "whole")))
     if kind == "bfloat16":
         torch.nn.init.zeros_(model.model.language_model.layers[1].moe.experts.gate_up_proj)
-        model.load_state_dict(dict(sorted(weights.items(), key=lambda item: item[0][::-1])))  # in any order
+        model.load_state_dict(dict(sorted(weights.items(), reverse=True)))  # in any order
         assert_same_tensors(model.state_dict(), whole.state_dict())
 
 
