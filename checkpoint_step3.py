@@ -8,19 +8,24 @@ as modules.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations.finegrained_fp8 import FP8Experts, FP8Linear
-from transformers.modeling_utils import PreTrainedModel
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    SplitModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.integrations.finegrained_fp8 import FP8Experts
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
 
 
@@ -35,19 +40,57 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["step3_text"] = "Step3TextForCau
 # Names on disk
 # ---------------------------------------------------------------------------------------------------------------------
 
-# How the names on disk become the modules' names; `save_pretrained` runs it backwards. A mapping is found by class
-# name, else by model type, and each part of a model brings its own: what the whole model renames, its parts rename
-# further. The second form in each pattern, `model.language_model.` and so on, is what the original remote code saved.
+
+class MergeExperts(MergeModulelist):
+    """Stacks the weights of experts that were saved one by one. They are saved as the release has them: stacked."""
+
+    def convert(self, input_dict, *args, full_layer_name: str, model: PreTrainedModel, **kwargs):
+        """
+        As for any list of modules; what is stacked already, as in saving, stays as it is.
+
+        Raises:
+            `ValueError`: if there are more or fewer experts than the model has.
+        """
+        for pattern, tensors in input_dict.items():
+            if isinstance(tensors, list) and tensors[0].ndim == 3:
+                input_dict[pattern] = tensors[0]
+            elif isinstance(tensors, list):
+                parameter = model.get_parameter(full_layer_name)
+                if len(tensors) != len(parameter.to_local() if hasattr(parameter, "to_local") else parameter):
+                    message = f"{full_layer_name} takes {len(parameter)} experts, the checkpoint has {len(tensors)}."
+                    raise ValueError(message)
+        return super().convert(input_dict, *args, **kwargs)
+
+    @property
+    def reverse_op(self):
+        return self
+
+
+# How the names on disk become the modules' names; `save_pretrained` runs it backwards, without the groups that start
+# with `(?`. A mapping is found by class name, else by model type, and each part of a model brings its own: what the
+# whole model renames, its parts rename further. Stacked down projections are renamed, not converted, so that offloading
+# to disk reads them where they are. llm-compressor and others save experts one by one, as
+# `moe.experts.0.gate_proj.weight`; that a weight must follow keeps PEFT from stacking adapters of linear experts.
+GATE, UP, DOWN = (rf"moe\.{name}_proj\.weight" for name in ("gate", "up", "down"))
+SINGLE_GATE, SINGLE_UP, SINGLE_DOWN = (
+    rf"moe\.(?:experts\.\d+\.)(?=\w+\.weight){name}_proj\.weight" for name in ("gate", "up", "down")
+)
 register_checkpoint_conversion_mapping(
     "step3_text",
     [
-        WeightConverter(
-            [r"moe\.gate_proj\.weight", r"moe\.up_proj\.weight"], "moe.experts.gate_up_proj", [Concatenate(dim=1)]
-        ),
-        WeightRenaming(r"moe\.down_proj\.weight", "moe.experts.down_proj"),
+        WeightConverter([GATE, UP], "moe.experts.gate_up_proj", [Concatenate(dim=1)]),
+        WeightConverter([SINGLE_GATE, SINGLE_UP], "moe.experts.gate_up_proj", [MergeExperts(), Concatenate(dim=1)]),
+        WeightConverter(SINGLE_DOWN, "moe.experts.down_proj", [MergeExperts()]),
+        WeightRenaming(DOWN, "moe.experts.down_proj"),
+        WeightRenaming(rf"{DOWN}_scale_inv", "moe.experts.down_proj_scale_inv"),
+        # Linear experts are stacked when they are saved. `(?!)` matches nothing: stacked ones are not taken apart here.
+        WeightConverter(rf"(?!){GATE}", "moe.experts.*.gate_proj.weight", [SplitModulelist()]),
+        WeightConverter(rf"(?!){UP}", "moe.experts.*.up_proj.weight", [SplitModulelist()]),
+        WeightConverter(rf"(?!){DOWN}", "moe.experts.*.down_proj.weight", [SplitModulelist()]),
     ],
     overwrite=True,
 )
+# Here `model.language_model.` and so on is what the original remote code saved.
 register_checkpoint_conversion_mapping(
     "step3_vl",  # which Step3VLModel is found by
     [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
@@ -63,128 +106,61 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-# The scales of stacked fp8 experts, whose names nothing else has.
-FP8_RENAMING = WeightRenaming(r"moe\.down_proj\.weight_scale_inv", "moe.experts.down_proj_scale_inv")
-
-# A routed expert's weight as llm-compressor and others save it, and what belongs to it.
-SINGLE_EXPERT = re.compile(r"(?P<moe>.*\.moe\.)experts\.(?P<number>\d+)\.(?P<rest>(?:gate|up|down)_proj\..+)")
 # The weights of all experts, or their scales, as the release has them.
-STACKED_EXPERTS = re.compile(r"(?P<moe>.*\.moe\.)(?P<rest>(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
+STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
-class DequantizedWeight:
-    """
-    A slice of a safetensors file times the scales of its blocks of `block_size` (rows, columns), in `dtype`; read when
-    it is indexed.
-    """
-
-    def __init__(self, weight, scale, block_size: tuple[int, int], dtype: torch.dtype):
-        self.weight, self.scale, self.block_size, self.dtype = weight, scale, block_size, dtype
-
-    def get_shape(self) -> list[int]:
-        return self.weight.get_shape()
-
-    def __getitem__(self, index) -> torch.Tensor:
-        weight, scale = self.weight[...], self.scale[...].float()
-        rows, columns = weight.shape[-2:]
-        height, width = self.block_size
-        output = torch.empty(weight.shape, dtype=self.dtype)
-        matrices = (tensor.view(-1, *tensor.shape[-2:]) for tensor in (output, weight, scale))
-        for out, quantized, factors in zip(*matrices, strict=True):  # expert by expert: float32 copies take room
-            factors = factors.repeat_interleave(height, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
-            out.copy_(quantized.float().mul_(factors))
-        return output[index]
-
-
-def shape_of(weight) -> list[int]:
-    """The shape of a tensor, or of a slice of a file."""
-    return list(weight.shape) if isinstance(weight, torch.Tensor) else weight.get_shape()
-
-
-def read_all(weights: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The same weights, as tensors."""
-    return {name: weight if isinstance(weight, torch.Tensor) else weight[...] for name, weight in weights.items()}
-
-
-class StackedWeight:
-    """Weights of single experts as the one that holds them all, (experts, rows, columns); read when it is indexed."""
-
-    def __init__(self, parts: list):
-        self.parts = parts
-
-    def get_shape(self) -> list[int]:
-        return [len(self.parts), *shape_of(self.parts[0])]
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return torch.stack([part[...] for part in self.parts])[index]
-
-
-class ExpertWeight:
-    """A single expert's part of a weight that holds all of them; read when it is indexed."""
-
-    def __init__(self, stacked, number: int):
-        self.stacked, self.number = stacked, number
-
-    def get_shape(self) -> list[int]:
-        return shape_of(self.stacked)[1:]
-
-    def get_dtype(self) -> str | torch.dtype:
-        return self.stacked.dtype if isinstance(self.stacked, torch.Tensor) else self.stacked.get_dtype()
-
-    def __getitem__(self, index) -> torch.Tensor:
-        return self.stacked[self.number][index]
-
-
-def refuse_quantized_experts(names: Iterable[str]) -> None:
-    """Raises a `ValueError` if single experts are in a quantised form other than block-fp8."""
-    for name in names:
-        match = SINGLE_EXPERT.fullmatch(name)
-        if match is not None and not match["rest"].endswith((".weight", ".weight_scale_inv")):
-            raise ValueError(
-                f"{name} belongs to experts in a quantised form, of which `quantization_config` in config.json says "
-                "nothing: such experts cannot be read."
-            )
-
-
-def stack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-    """
-    The same weights, with those of single experts under the names and in the shapes of the released layout.
-
-    Raises:
-        `ValueError`: if an expert is missing or there are more than `num_experts`.
-    """
-    stacked, experts = {}, {}
-    for name, weight in weights.items():
-        if (match := SINGLE_EXPERT.fullmatch(name)) is None:
-            stacked[name] = weight
-            continue
-        experts.setdefault(match["moe"] + match["rest"], {})[int(match["number"])] = weight
-    for name, parts in experts.items():
-        if parts.keys() != set(range(num_experts)):
-            raise ValueError(f"{name} must be there for experts 0 to {num_experts - 1}, got {sorted(parts)}.")
-        if len(shapes := {tuple(shape_of(part)) for part in parts.values()}) > 1:
-            raise ValueError(f"{name} must have one shape for all experts, got {sorted(shapes)}.")
-        stacked[name] = StackedWeight([parts[number] for number in range(num_experts)])
-    return stacked
-
-
-def unstack_experts(weights: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-    """
-    The same weights, with those of all experts under the names and in the shapes of single ones.
-
-    Raises:
-        `ValueError`: if a weight is not of `num_experts`.
-    """
+def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights, with those of all experts as views of single ones, under their names."""
     single = {}
     for name, weight in weights.items():
-        if (match := STACKED_EXPERTS.fullmatch(name)) is None:
+        if match := STACKED_EXPERTS.fullmatch(name):
+            single |= {f"{match[1]}experts.{number}.{match[2]}": part for number, part in enumerate(weight)}
+        else:
             single[name] = weight
-            continue
-        if (shape := shape_of(weight))[0] != num_experts:
-            raise ValueError(f"{name} must hold {num_experts} experts, got the shape {shape}.")
-        for number in range(num_experts):
-            single[f"{match['moe']}experts.{number}.{match['rest']}"] = ExpertWeight(weight, number)
     return single
+
+
+def converts_experts(transform) -> bool:
+    return isinstance(transform, WeightConverter) and transform.target_patterns[0].startswith("moe.experts.")
+
+
+def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+    """
+    The same scales for smaller blocks, all of one size, as transformers takes them: the last blocks of `weight`
+    (..., rows, columns) may hold fewer rows and columns than `block_size`.
+    """
+    for dim, size in ((-2, block_size[0]), (-1, block_size[1])):
+        smaller = math.gcd(size, weight.shape[dim])
+        scale = scale.repeat_interleave(size // smaller, dim).narrow(dim, 0, weight.shape[dim] // smaller)
+    return scale
+
+
+def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
+    """
+    Takes back the fp8 modules of `model` that have no scales among `names`, a checkpoint's: they are not fp8 there.
+    transformers goes by a list in the config, and what is known of the release's config has none.
+
+    Raises:
+        `ValueError`: if the blocks of stacked fp8 experts do not divide them.
+    """
+    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
+    own_names = model.state_dict()
+    found = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name in own_names:
+        if name.endswith("_scale_inv") and name not in found and own_names[name].is_meta:  # not if adapters are read
+            module_name = name.rpartition(".")[0]
+            model.set_submodule(module_name, plain.get_submodule(module_name).to(load_config.dtype))
+    width = model.config.get_text_config().moe_intermediate_size
+    rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
+    if width % rows and any(isinstance(module, FP8Experts) for module in model.modules()):
+        raise ValueError(
+            f"Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' {rows} rows, got "
+            f"{width}; load the model with `quantization_config=FineGrainedFP8Config(dequantize=True)`."
+        )
 
 
 class LinearExperts(nn.ModuleList):
@@ -236,53 +212,6 @@ def wants_linear_experts(config) -> bool:
     return getattr(method, "value", method) != "fp8"
 
 
-def dequantize(weights: Mapping[str, Any], block_size: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
-    """
-    The same weights, with block-fp8 ones multiplied by their scales, which are left out.
-
-    Raises:
-        `ValueError`: if an fp8 weight has no scales.
-    """
-    output = {}
-    for name, weight in weights.items():
-        if name.endswith("_scale_inv"):
-            continue
-        scale = weights.get(f"{name}_scale_inv")
-        if scale is None and getattr(weight, "get_dtype", lambda: None)() == "F8_E4M3":
-            raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
-        output[name] = weight if scale is None else DequantizedWeight(weight, scale, block_size, dtype)
-    return output
-
-
-def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
-    """
-    Takes back the fp8 modules of `model` that have no scales among `names`, a checkpoint's: they are not fp8 there.
-
-    Raises:
-        `ValueError`: if the blocks of stacked fp8 experts do not divide them.
-    """
-    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
-    own_names = model.state_dict()
-    scaled = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
-    text_config = model.config.get_text_config()
-    block_rows = load_config.hf_quantizer.quantization_config.weight_block_size[0]
-    plain = None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FP8Experts) and f"{name}.down_proj_scale_inv" in scaled:
-            if text_config.moe_intermediate_size % block_rows:
-                raise ValueError(
-                    "Experts are kept in fp8 only if `moe_intermediate_size` is a multiple of the blocks' "
-                    f"{block_rows} rows, got {text_config.moe_intermediate_size}; load the model with "
-                    "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
-                )
-        elif isinstance(module, (FP8Linear, FP8Experts)) and f"{name}.weight_scale_inv" not in scaled:
-            if plain is None:
-                with torch.device("meta"):
-                    plain = type(model)(model.config)
-            model.set_submodule(name, plain.get_submodule(name).to(load_config.dtype))
-
-
 class Step3Checkpoint:
     """Mixin of the models: what loading and saving a checkpoint of Step3 takes beyond any other model's."""
 
@@ -313,31 +242,44 @@ class Step3Checkpoint:
             )
         return requested_experts if is_linear else super().get_correct_experts_implementation(requested_experts)
 
+    def post_init(self):
+        super().post_init()
+        self._keys_to_ignore_on_load_unexpected = set(self.keys_of_other_parts)  # and not what its own parts ignore
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As for any model.
+
+        Raises:
+            `ValueError`: if weights of experts are missing, or in a quantised form of which the config says nothing.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Those of layers that the config leaves out are let through, those in another form are not.
+        other_form = re.compile(r"\.moe\.experts\.\d+\.\w+_proj\.(?!weight(_scale_inv)?$)")
+        for kind, pattern in (("missing", re.compile(r"\.moe\.experts\.")), ("unexpected", other_form)):
+            if experts := [name for name in info[f"{kind}_keys"] if pattern.search(name)]:
+                raise ValueError(
+                    f"{len(experts)} weights of experts are {kind}, such as {min(experts)}: they must be all there, "
+                    "and in no other form than `quantization_config` in config.json says."
+                )
+        return (model, info) if output_loading_info else model
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
-        What `from_pretrained` reads weights with. Block-fp8 weights are kept or dequantised, as transformers' quantiser
-        decides by the device; what a checkpoint holds in another type is not made fp8. Experts that were saved one by
-        one are stacked, and stacked ones are read one by one for a model that has them as linear layers. Everything
-        else is read as it is by transformers.
+        What `from_pretrained` reads weights with. Converters read all but two kinds of models. Those of linear experts
+        take a stacked weight apart: a mapping is found by class, which does not tell, and transformers would read the
+        weight whole before it quantises an expert. Block-fp8 that is dequantised must have its scales, and in blocks of
+        one size, neither of which transformers checks; and experts one by one take less memory there, too.
 
         Raises:
-            `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if experts are
-            missing, or quantised without a word of it in the config, or are linear layers and to be split over ranks.
+            `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if linear
+            experts are to be split over ranks.
         """
-
-        def load(state_dict, checkpoint_files, load_config):
-            return PreTrainedModel._load_pretrained_model(
-                model, state_dict, checkpoint_files, load_config, *args, **kwargs
-            )
-
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | set(model.keys_of_other_parts)
-        quantizer = load_config.hf_quantizer
+        quantizer, is_linear = load_config.hf_quantizer, has_linear_experts(model)
         settings = getattr(quantizer, "quantization_config", None)
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
-        num_experts = getattr(model.config.get_text_config(), "moe_num_experts", None)
-        is_linear = has_linear_experts(model)
         if is_linear and load_config.device_mesh is not None:
             raise ValueError('`experts_implementation="linear"` cannot be split over ranks; use `device_map`.')
         for module in model.modules():
@@ -345,54 +287,32 @@ class Step3Checkpoint:
             # through packed weights are wrong, and so is what is merged with them or read after saving them.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        with ExitStack() as stack:
-            weights = dict(state_dict or {})
-            for path in checkpoint_files or ():
-                if str(path).endswith(".safetensors"):
-                    file = stack.enter_context(safe_open(path, framework="pt"))
-                    weights |= {name: file.get_slice(name) for name in file.keys()}
-                elif str(path).endswith(".bin"):
-                    options = {
-                        "map_location": "cpu",
-                        "mmap": is_zipfile(path),
-                        "weights_only": load_config.weights_only,
-                    }
-                    weights |= torch.load(path, **options)
-            if is_fp8 or quantizer is None or not quantizer.pre_quantized:
-                refuse_quantized_experts(weights)
-            is_changed = num_experts is not None and any(
-                (STACKED_EXPERTS if is_linear else SINGLE_EXPERT).fullmatch(name) for name in weights
-            )
-            is_dequantized = is_fp8 and settings.dequantize
-            if is_changed and is_linear:
-                weights = unstack_experts(weights, num_experts)
-            if is_fp8 and not is_dequantized:
-                load_config = replace(load_config, weight_mapping=[deepcopy(FP8_RENAMING), *load_config.weight_mapping])
-                take_back_unquantized(model, weights, load_config)
-            if is_dequantized:
-                renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-                mapping = get_model_conversion_mapping(model)
-                converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-                load_config = replace(load_config, hf_quantizer=None, weight_mapping=renamings + converters)
-                weights = dequantize(weights, settings.weight_block_size, load_config.dtype)
-            if is_changed and not is_linear:
-                weights = stack_experts(weights, num_experts)
-            if is_dequantized or is_changed:
-                return load(weights, None, load_config)
-        del weights  # which may be whole .bin files, about to be read again
-        return load(state_dict, checkpoint_files, load_config)
-
-    def save_pretrained(self, save_directory, *args, state_dict: Mapping[str, torch.Tensor] | None = None, **kwargs):
-        """
-        As for any model. Experts that are linear layers are saved as the release has them if they are not quantised and
-        have no adapters, and one by one otherwise.
-        """
-        if has_linear_experts(self) and getattr(self, "hf_quantizer", None) is None:
-            weights = self.state_dict() if state_dict is None else state_dict
-            experts = [match for match in map(SINGLE_EXPERT.fullmatch, weights) if match is not None]
-            if experts and all(match["rest"].endswith("_proj.weight") for match in experts):
-                state_dict = read_all(stack_experts(weights, self.config.get_text_config().moe_num_experts))
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if is_linear or is_fp8:
+            if state_dict is None:
+                state_dict = {}
+                for path in checkpoint_files:  # mapped into memory, and read when a weight's turn comes
+                    state_dict |= load_state_dict(path, weights_only=load_config.weights_only)
+            if is_linear or settings.dequantize:
+                state_dict = unstack_experts(state_dict)
+        if is_linear:
+            mapping = [transform for transform in load_config.weight_mapping if not converts_experts(transform)]
+            load_config = replace(load_config, weight_mapping=mapping)
+        if is_fp8:
+            for name, weight in list(state_dict.items()):
+                if weight.dtype == torch.float8_e4m3fn:
+                    if (scale := state_dict.get(f"{name}_scale_inv")) is None:
+                        raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
+                    if settings.dequantize:
+                        state_dict[f"{name}_scale_inv"] = divide_blocks(weight, scale, settings.weight_block_size)
+                elif settings.dequantize and not name.endswith("_scale_inv"):  # transformers 5.19 does not
+                    state_dict[name] = weight.to(load_config.dtype)
+            if not settings.dequantize:
+                take_back_unquantized(model, state_dict, load_config)
+        load = PreTrainedModel._load_pretrained_model
+        loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if settings.dequantize if is_fp8 else is_linear and quantizer is None:
+            del model._weight_conversions  # those that were used: to be saved as any model, stacked and not in fp8
+        return loaded
 
     def load_adapter(self, *args, **kwargs):
         """
@@ -425,30 +345,24 @@ class Step3Checkpoint:
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
         if assign:  # which puts other weights in the place of those that are fused
             self.unfuse()
+        transforms = get_model_conversion_mapping(self, add_legacy=False)
         if has_linear_experts(self):
-            state_dict = read_all(unstack_experts(state_dict, self.config.get_text_config().moe_num_experts))
+            state_dict = unstack_experts(state_dict)
+            transforms = [transform for transform in transforms if not converts_experts(transform)]
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        transforms = get_model_conversion_mapping(self, add_legacy=False)
         renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = {
-            pattern: transform
-            for transform in transforms
-            if isinstance(transform, WeightConverter)
-            for pattern in transform.source_patterns
-        }
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         renamed, to_convert = {}, {}
-        for name, tensor in state_dict.items():
-            if name in own_names:
-                renamed[name] = tensor
-                continue
-            new_name, pattern = rename_source_key(name, renamings, list(converters.values()))
+        for name in sorted(state_dict, key=dot_natural_key):  # experts by their numbers
+            new_name, pattern = (name, None) if name in own_names else rename_source_key(name, renamings, converters)
             if pattern is None:
-                renamed[new_name] = tensor
+                renamed[new_name] = state_dict[name]
             else:
-                converter = to_convert.setdefault(new_name, deepcopy(converters[pattern]))
-                converter.add_tensor(new_name, name, pattern, tensor)
+                converter = to_convert.setdefault(new_name, deepcopy(converter_of[pattern]))
+                converter.add_tensor(new_name, name, pattern, state_dict[name])
         for name, converter in to_convert.items():
             renamed.update(converter.convert(name, model=self, config=self.config))
         return super().load_state_dict(renamed, strict=strict, assign=assign)

@@ -215,6 +215,15 @@ def no_deprecated_names():
 
 
 @pytest.fixture
+def transformers_log(caplog):
+    """What transformers logs, where its reports on loading go."""
+    logger = getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
 def model():
     return small_model()
 

@@ -11,6 +11,7 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_saving import assert_same_tensors
 from transformers import AutoModelForImageTextToText
+from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from step3_vl import Step3TextForCausalLM, Step3VLConfig, Step3VLForConditionalGeneration
@@ -61,11 +62,26 @@ def test_fp8_is_kept_where_a_gpu_has_it(fp8, tmp_path, monkeypatch):
         in_fp8 = name.startswith("model.language_model.layers") and not any(part in name for part in ("norm", "gate."))
         in_fp8 &= ".wq." not in name
         assert dtype == (torch.float8_e4m3fn if in_fp8 else torch.bfloat16), name
-    model.save_pretrained(tmp_path / "saved")
     source = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), source)
+    single = AutoModelForImageTextToText.from_pretrained(one_by_one(directory, tmp_path / "single"))
+    for each in (model, single):
+        each.save_pretrained(tmp_path / "saved")
+        assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), source)
     with pytest.raises(ValueError, match="`moe_intermediate_size` is a multiple of the blocks' 128 rows, got 136"):
         AutoModelForImageTextToText.from_pretrained(fp8)
+
+
+def test_an_adapter_is_read_together_with_an_fp8_model(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    directory = make_fp8_checkpoint(tmp_path / "model", "hidden_size=256", "moe_intermediate_size=128")
+    model = Step3VLForConditionalGeneration.from_pretrained(directory)
+    expected = [name for name, module in model.named_modules() if type(module) is FP8Linear]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = Step3VLForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    found = [name.replace(".base_layer", "") for name, module in again.named_modules() if type(module) is FP8Linear]
+    assert found == expected
 
 
 @pytest.mark.parametrize("place", ["disk", "cpu"])
@@ -92,17 +108,17 @@ def test_the_text_part_is_taken_out_of_a_whole_checkpoint(fp8, bfloat16, kind):
     assert torch.equal(logits(text), logits(Step3VLForConditionalGeneration.from_pretrained(source)))
 
 
-def one_by_one(source: Path, directory: Path, num_experts: int, skip: int | None = None) -> Path:
-    """The same checkpoint in one file, with every expert's weights under a name of their own."""
+def one_by_one(source: Path, directory: Path, change=lambda weights: None) -> Path:
+    """The same checkpoint in one file, with every expert's weights under a name of their own, and `change`d."""
     weights = {}
     for path in source.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
             layer, is_expert, rest = name.partition(".moe.")
             if is_expert and rest.endswith(("_proj.weight", "_proj.weight_scale_inv")):
-                single = {f"{layer}.moe.experts.{i}.{rest}": tensor[i].clone() for i in range(num_experts) if i != skip}
-                weights |= single
+                weights |= {f"{layer}.moe.experts.{i}.{rest}": part.clone() for i, part in enumerate(tensor)}
             else:
                 weights[name] = tensor
+    change(weights)
     directory.mkdir()
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text((source / "config.json").read_text())
@@ -111,28 +127,64 @@ def one_by_one(source: Path, directory: Path, num_experts: int, skip: int | None
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
 def test_experts_that_were_saved_one_by_one_are_read(fp8, bfloat16, tmp_path, kind):
+    """From every kind of file, and saved as the release has them."""
     source = fp8 if kind == "fp8" else bfloat16
-    num_experts = Step3VLConfig.from_pretrained(source).text_config.moe_num_experts
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        one_by_one(source, tmp_path / "single", num_experts), output_loading_info=True
-    )
-    assert not any(report.values()), report
     whole = AutoModelForImageTextToText.from_pretrained(source)
-    assert_same_tensors(model.state_dict(), whole.state_dict())
-    model.save_pretrained(tmp_path / "saved")
     whole.save_pretrained(tmp_path / "whole")
-    assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("saved", "whole")))
-    with pytest.raises(ValueError, match=f"must be there for experts 0 to {num_experts - 1}, got .0, 2"):
-        AutoModelForImageTextToText.from_pretrained(one_by_one(source, tmp_path / "some", num_experts, skip=1))
-
-
-def test_experts_in_a_quantised_form_that_is_not_known_are_refused(bfloat16, tmp_path):
-    directory = one_by_one(bfloat16, tmp_path / "single", 8)
+    directory = one_by_one(source, tmp_path / "single")
     weights = load_file(directory / "model.safetensors")
-    name = next(name for name in weights if ".experts.0.gate_proj" in name)
-    weights[name.replace(".weight", ".qweight")] = weights.pop(name)
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"experts\.0\.gate_proj\.qweight .* of which `quantization_config`"):
+    config = Step3VLConfig.from_pretrained(directory)
+    models = [
+        AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True),
+        Step3VLForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, output_loading_info=True
+        ),
+    ]
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin")
+    models.append(AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True))
+    for model, report in models:
+        assert not any(report.values()), report
+        assert_same_tensors(model.state_dict(), whole.state_dict())
+        model.save_pretrained(tmp_path / "saved")
+        assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("saved", "whole")))
+    if kind == "bfloat16":
+        torch.nn.init.zeros_(model.model.language_model.layers[1].moe.experts.gate_up_proj)
+        model.load_state_dict(dict(sorted(weights.items(), reverse=True)))  # in any order
+        assert_same_tensors(model.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("number", [7, 9], ids=["one missing", "one too many"])
+def test_as_many_experts_as_the_config_says(fp8, bfloat16, tmp_path, kind, number, transformers_log):
+    def change(weights):
+        for name in [name for name in weights if "layers.1.moe.experts.2.up_proj" in name]:
+            more = weights.pop(name) if number == 7 else weights[name].clone()
+            if number == 9:
+                weights[name.replace("experts.2.", "experts.8.")] = more
+
+    directory = one_by_one(fp8 if kind == "fp8" else bfloat16, tmp_path / "model", change)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        AutoModelForImageTextToText.from_pretrained(directory)
+    assert f"layers.1.moe.experts.gate_up_proj takes 8 experts, the checkpoint has {number}." in transformers_log.text
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "linear"])
+def test_experts_in_a_quantised_form_that_is_not_known_are_refused(bfloat16, tmp_path, implementation):
+    def change(weights):
+        for name in [name for name in weights if ".experts." in name]:
+            weights[name.replace(".weight", ".qweight")] = weights.pop(name)
+
+    directory = one_by_one(bfloat16, tmp_path / "single", change)
+    with pytest.raises(ValueError, match="weights of experts are missing, such as .* `quantization_config` in config"):
+        AutoModelForImageTextToText.from_pretrained(directory, experts_implementation=implementation)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "moe.experts.3.down_proj"])
+def test_fp8_without_scales_is_refused(fp8, tmp_path, name):
+    name = f"model.layers.1.{name}.weight"
+    directory = one_by_one(fp8, tmp_path / "model", lambda weights: weights.pop(f"{name}_scale_inv"))
+    with pytest.raises(ValueError, match=f"{name} is fp8, but the checkpoint has no {name}_scale_inv"):
         AutoModelForImageTextToText.from_pretrained(directory)
 
 
