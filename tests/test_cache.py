@@ -51,6 +51,9 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     Step3BoundedCache(model.config, 6).reclaim(3)  # of none
     with pytest.raises(ValueError, match="`max_length` must be at least 1"):
         Step3BoundedCache(model.config, 0)
+    cache.reclaim(2)
+    with pytest.raises(ValueError, match="3 tokens cannot be removed: 2 are held, the others were dropped"):
+        cache.crop(-3)
     for keep in (0, 6):
         with pytest.raises(ValueError, match=f"`keep` must lie between 1 and 5, below `max_length`, got {keep}"):
             Step3BoundedCache(model.config, 6, keep=keep)

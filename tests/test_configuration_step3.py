@@ -1,11 +1,12 @@
 import json
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from step3_vl import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig
+from step3_vl import Step3TextConfig, Step3TextForCausalLM, Step3VisionEncoderConfig, Step3VLConfig
 
 
 # As released, with the spellings and the extra keys of that time.
@@ -168,5 +169,22 @@ def test_values_are_checked(config_class, changes, message):
 @pytest.mark.defect(1)
 def test_values_that_are_set_later_are_checked():
     config = Step3TextConfig()
-    with pytest.raises(StrictDataclassError, match=r"'attention_dropout'.*\n.*got 1.5"):
-        config.attention_dropout = 1.5
+    for name, field, value in (
+        ("attention_dropout", "attention_dropout", 1.5),
+        ("num_experts", "moe_num_experts", -3),  # by its other name
+        ("max_position_embeddings", "max_position_embedding", "long"),
+    ):
+        with pytest.raises(StrictDataclassError, match=rf"'{field}'.*\n?.*{value}"):
+            setattr(config, name, value)
+    config.moe_top_k = 60  # of 48, which a model is not made of
+    with torch.device("meta"), pytest.raises(StrictDataclassError, match="must not exceed `moe_num_experts`, got 60"):
+        Step3TextForCausalLM(config)
+
+
+def test_what_the_whole_config_shows_of_the_text():
+    config = Step3VLConfig(num_hidden_layers=8, vocab_size=200000)
+    assert config.text_config.moe_layers == list(range(1, 8)) and config.text_config.vocab_size == 200000
+    config.vocab_size = 150000
+    assert (config.text_config.vocab_size, config.num_hidden_layers) == (150000, 8)
+    saved = {**config.to_dict(), "vocab_size": 5, "num_hidden_layers": 3}  # what a file holds beside its text config
+    assert "vocab_size" not in config.to_dict() and Step3VLConfig.from_dict(saved).to_dict() == config.to_dict()

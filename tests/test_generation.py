@@ -288,24 +288,62 @@ def test_an_assistant_sees_the_pictures_for_itself(model, batch):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}])
-def test_values_that_are_not_finite_are_an_error_that_names_them(model, batch, options):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.language_model.layers.1.self_attn.q_proj",
+        "model.language_model.layers.2.self_attn.k_proj",
+        "model.language_model.layers.1.moe.gate",
+        "model.vision_model.transformer.layers.0.self_attn.qkv_proj",
+        "lm_head",
+    ],
+)
+def test_a_weight_that_is_not_finite_is_an_error_that_names_it(model, batch, name, options):
     inputs = {**row_alone(batch, 2), **GREEDY, **options}
-    weight = model.model.language_model.layers[1].self_attn.wq.weight
-    kept = weight[3, 4].item()
-    with torch.no_grad():
-        weight[3, 4] = torch.nan
-    for each in (model, Step3TextForCausalLM._from_config(model.config.text_config)):
-        if each is not model:
-            each.model, each.lm_head = model.model.language_model, model.lm_head
-            inputs = {"input_ids": inputs["input_ids"], **GREEDY, **options}
-        with pytest.raises(RuntimeError, match=r"not finite: .* in model\..*layers.1.self_attn.wq.weight"):
-            each.generate(**inputs)
-    with torch.no_grad():
-        weight[3, 4] = kept
     model.generate(**inputs)
-    pixels = torch.full_like(batch["pixel_values"], torch.nan)
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=f"not finite: there are NaN or infinite values in {name}.weight"):
+        model.generate(**inputs)
+
+
+def test_what_else_is_not_finite(model, batch):
+    inputs = row_alone(batch, 2)
+    pixels = torch.full_like(inputs["pixel_values"], torch.nan)
     with pytest.raises(RuntimeError, match="values overflow torch.float32, or are so in the inputs"):
-        model.generate(**{**batch, "pixel_values": pixels})
+        model.generate(**{**inputs, "pixel_values": pixels})
+    biased = model.generate(**inputs, **GREEDY, sequence_bias={(5,): torch.inf})  # as the request says
+    assert biased[0, -8:].tolist() == [5] * 8
+    assistant = small_model()
+    with torch.no_grad():
+        assistant.lm_head.weight[0, 0] = torch.nan  # whose proposals are bad, and no more
+    answer = model.generate(**inputs, **GREEDY, assistant_model=assistant)
+    assert torch.equal(answer, model.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 5, 10])
+def test_prompt_lookup_at_the_last_position(tokens):
+    model = Step3TextForCausalLM._from_config(small_config(text={"max_position_embedding": 24}).text_config).eval()
+    ids = torch.tensor([[11, 12] * 3])
+    expected = model.generate(ids, do_sample=False, max_length=24, eos_token_id=96)
+    options = {"do_sample": False, "eos_token_id": 96, "prompt_lookup_num_tokens": tokens}
+    for end in ({"max_length": 24}, {"max_new_tokens": 100}):
+        assert torch.equal(model.generate(ids, **options, **end), expected)
+
+
+def test_what_is_counted_to_the_last_position():
+    """Of new tokens alone, those that the mask knows of; of a padded prompt without a mask, the real ones."""
+    config = small_config(text={"max_position_embedding": 24, "eos_token_id": 96})
+    model = Step3TextForCausalLM._from_config(config.text_config).eval()
+    ids = torch.arange(10, 23)[None]
+    expected = model.generate(ids, do_sample=False, max_new_tokens=11)
+    cache = DynamicCache()  # without layers, until it is used
+    model.generate(ids[:, :10], max_new_tokens=1, past_key_values=cache)
+    turn = {"attention_mask": torch.ones(1, 13).long(), "cache": cache, "do_sample": False}
+    assert torch.equal(model.generate(ids[:, 10:], **turn, max_length=20)[:, 3:], expected[:, 13:])
+    padded = torch.cat([torch.full((1, 10), 2), ids], 1)
+    output = model.generate(padded, do_sample=False, max_new_tokens=30, pad_token_id=2)
+    assert torch.equal(output[:, 10:], expected)
 
 
 def test_an_assistant_of_fewer_positions_bounds_the_answer(model, batch):

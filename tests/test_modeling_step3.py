@@ -3,6 +3,7 @@ import json
 import math
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,16 @@ from reference import step3_logits
 from safetensors.torch import load_file
 from torch import nn
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from step3_vl import (
+    Step3BoundedCache,
     Step3VLConfig,
     Step3VLForConditionalGeneration,
     Step3VLModel,
@@ -359,7 +366,9 @@ def test_recorded_outputs_of_the_vision_encoder(model, batch):
     assert_close(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache": "empty"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_cache": False}, {"cache": DynamicCache}, {"cache": partial(Step3BoundedCache, max_length=20)}]
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_packed_rows_are_the_rows(attention, options, not_compiled):
     """Told by positions that start anew; together they may be longer than the positions."""
@@ -368,7 +377,7 @@ def test_packed_rows_are_the_rows(attention, options, not_compiled):
     texts = [torch.arange(20, 26)[None], torch.arange(40, 45)[None]]
     ids, positions = torch.cat(texts, 1), torch.cat([torch.arange(6), torch.arange(5)])[None]
     if "cache" in options:
-        options = {"cache": DynamicCache(config=model.config)}
+        options = {"cache": options["cache"](config=model.config)}
     labels = torch.cat([texts[0], torch.full((1, 1), -100), texts[1][:, 1:]], 1)
     with torch.no_grad():
         output = model(ids, position_ids=positions, labels=labels, **options)
@@ -435,6 +444,14 @@ def test_the_load_balancing_loss_is_refused_where_it_has_no_gradient(batch):
             model(**inputs, output_router_logits=True).loss.backward()
             gradients.append(model.model.language_model.layers[1].moe.gate.weight.grad.clone())
     assert_close(*gradients)
+    # torch's own, which transformers does not know of
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
+        check_fn=lambda module: module in set(model.model.language_model.layers),
+    )
+    with pytest.raises(ValueError, match="no gradient under reentrant checkpointing"):
+        model(**inputs, output_router_logits=True)
 
 
 def test_gradient_checkpointing_changes_nothing(model, batch):
