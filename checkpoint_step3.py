@@ -50,6 +50,7 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["step3_text"] = "Step3TextForCau
 # Names on disk
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 class MergeExperts(MergeModulelist):
     """Stacks the weights of experts that were saved one by one. They are saved as the release has them: stacked."""
 
