@@ -252,17 +252,15 @@ class Step3Checkpoint:
         As for any model.
 
         Raises:
-            `ValueError`: if weights of experts are missing, or in a quantised form of which the config says nothing.
+            `ValueError`: if weights of experts are in a quantised form of which the config says nothing.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        # Those of layers that the config leaves out are let through, those in another form are not.
-        other_form = re.compile(r"\.moe\.experts\.\d+\.\w+_proj\.(?!weight(_scale_inv)?$)")
-        for kind, pattern in (("missing", re.compile(r"\.moe\.experts\.")), ("unexpected", other_form)):
-            if experts := [name for name in info[f"{kind}_keys"] if pattern.search(name)]:
-                raise ValueError(
-                    f"{len(experts)} weights of experts are {kind}, such as {min(experts)}: they must be all there, "
-                    "and in no other form than `quantization_config` in config.json says."
-                )
+        quantised = re.compile(r"\.moe\.experts\.\d+\.\w+_proj\.(?!weight(_scale_inv)?$)")
+        if experts := [name for name in info["unexpected_keys"] if quantised.search(name)]:
+            raise ValueError(
+                f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
+                "`quantization_config` in config.json must say how they are quantised."
+            )
         return (model, info) if output_loading_info else model
 
     @staticmethod
