@@ -1153,6 +1153,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if inputs_embeds is None:
             check_input_ids(self.config.text_config, input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        check_embeddings(self.config.text_config, inputs_embeds)
 
         recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
         image_features, encoded = self.collect_features(
@@ -1448,6 +1449,15 @@ def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
     check_range("input_ids", input_ids, config.vocab_size)
 
 
+def check_embeddings(config: Step3TextConfig, inputs_embeds: torch.Tensor) -> None:
+    """Raises a `ValueError` unless they have the shape (batch, tokens, hidden_size)."""
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
+            f"{tuple(inputs_embeds.shape)}."
+        )
+
+
 def check_inputs(
     config: Step3TextConfig,
     inputs_embeds: torch.Tensor,
@@ -1459,11 +1469,7 @@ def check_inputs(
     Raises a `ValueError`, before the cache is written to, if an argument's shape does not fit the others or the model,
     or there are more tokens than the cache or the positions allow. A single token's values are not waited for.
     """
-    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
-            f"{tuple(inputs_embeds.shape)}."
-        )
+    check_embeddings(config, inputs_embeds)
     batch_size, num_new, _ = inputs_embeds.shape
     cached, limits, is_static = 0, [], False
     if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length

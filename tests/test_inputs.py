@@ -102,9 +102,12 @@ def pictures_of(*shape: int) -> dict[str, torch.Tensor]:
         (r"at least one token, got torch.int64 of shape \(2, 0\)", {"input_ids": IDS[:, :0]}),
         (r"at least one token, got torch.int64 of shape \(0, 3\)", {"input_ids": IDS[:0]}),
         (r"got torch.int64 of shape \(3,\)", {"input_ids": IDS[0]}),
-        (
-            r"`inputs_embeds` must have the shape \(batch, tokens, 48\).*\(3, 14, 47\)",
-            {"input_ids": None, "inputs_embeds": torch.ones(3, 14, 47), **dict.fromkeys(PICTURES)},
+        *(
+            (
+                r"`inputs_embeds` must have the shape \(batch, tokens, 48\).*\(3, 14, 47\)",
+                {"input_ids": None, "inputs_embeds": torch.ones(3, 14, 47), **pictures},
+            )
+            for pictures in ({}, dict.fromkeys(PICTURES))
         ),
         ("has 0 image tokens.* 15 image features", {"input_ids": torch.full((3, 14), 11)}),
         (
