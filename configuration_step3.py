@@ -1,8 +1,7 @@
-"""Configurations of Step3-VL: the vision encoder, the text decoder and the two together; and what fits them.
+"""Configurations of Step3-VL's vision encoder, text decoder and whole model.
 
-Every default is the released 321 B model (https://huggingface.co/stepfun-ai/step3), and the fields keep the spelling of
-its `config.json`, so that what is saved here also reads in the serving engines. `attribute_map` adds the names that the
-rest of transformers looks for.
+The defaults describe the released 321 B model (https://huggingface.co/stepfun-ai/step3). The fields are named as in its
+`config.json`, which serving engines read; `attribute_map` adds the names that transformers uses.
 """
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
@@ -19,10 +18,10 @@ from transformers.utils.type_validators import activation_fn_key, interval, prob
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What differs between releases of transformers
+# Differences between transformers releases
 # ---------------------------------------------------------------------------------------------------------------------
-# Each is asked of the release that is there, and goes when the release it names is the oldest one supported. As this
-# module is also read where there is no torch, what needs it is asked by a function.
+# Each names the release that made the change; remove it when that release is the oldest supported. This module also
+# works without torch, so functions import what needs it.
 
 
 def cache_name() -> str:
@@ -39,18 +38,18 @@ def gathers_uneven_outputs() -> bool:
     return "validate_param" not in vars(ColwiseParallel)
 
 
-# 5.20: `sub_configs_defaults`, beside `sub_configs` in Step3VLConfig.
+# 5.20: `sub_configs_defaults` instead of `sub_configs`; Step3VLConfig sets both.
 
 
 # Layers with routed experts in the released model: all but the first four and the last.
 RELEASED_MOE_LAYERS = tuple(range(4, 60))
 
-# Far beyond any model; products of a few sizes still fit in 64 bits.
+# Larger than any model, but products of a few sizes still fit in 64 bits.
 MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
 size = interval(min=1, max=MAX_SIZE)
 nonnegative = interval(min=0, max=float("inf"), exclude_max=True)
 
-# Where a saved directory's own code keeps what each Auto class asks for.
+# The classes that the Auto classes load from the code in a saved directory.
 STEP3_VISION_AUTO_MAP = {
     "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
     "AutoModel": "modeling_step3.Step3VisionModel",
@@ -99,14 +98,14 @@ class Step3SavedWithCode:
         name = self.attribute_map.get(key, key)
         if name == key:
             super().__setattr__(key, value)
-        else:  # by the field's own name, under which it is checked
+        else:  # sets the field itself, which validates the value
             setattr(self, name, value)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
         auto_map = dict(getattr(self, "auto_map", None) or {})
         for auto_class, reference in auto_map.copy().items():
-            # What points to this package's modules, in whichever repository or under an older class name, is carried.
+            # Replace references to this package's modules, in any repository and under any class name.
             if isinstance(reference, str) and reference.split("--")[-1].split(".")[0] in carried_modules:
                 del auto_map[auto_class]
         self.auto_map = {**self.carried_auto_map, **auto_map}
@@ -229,9 +228,9 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         "norm_topk_prob": "norm_expert_weight",
         "shared_expert_intermediate_size": "share_expert_dim",
     }
-    # Query heads are split over the ranks, with the output projection that reads them; the one key/value head stays
-    # whole on every rank. The experts are split by expert: the styles that cut through fused gate and up weights would
-    # cut them in the wrong place. `replicated_key_value_head` and `split_experts` are styles of modeling_step3.
+    # Splits query heads and the output projection over the ranks, and replicates the single key/value head. Each rank
+    # holds whole experts: styles that split each expert would cut the fused gate and up weights in the wrong place.
+    # modeling_step3 defines the styles `replicated_key_value_head` and `split_experts`.
     base_model_tp_plan = {
         "layers.*.self_attn.wq": "colwise",
         "layers.*.self_attn.k_proj": "replicated_key_value_head",
@@ -289,17 +288,17 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        # Left out means the released layers, which only the released depth has.
+        # The default lists the released layers, which only fit the released depth.
         if self.moe_layers_enum is RELEASED_MOE_LAYERS and self.num_hidden_layers != 61:
             self.moe_layers_enum = None
         self.use_moe = self.use_moe and not (self._has_no_layers_listed() and self.num_hidden_layers == 1)
         self.moe_layers_enum = self._layers_as_text()
-        # transformers completes these dictionaries in place, and they are the caller's.
+        # Copy the caller's dictionaries, because transformers modifies them in place.
         if isinstance(self.rope_parameters, dict):
             self.rope_parameters = dict(self.rope_parameters)
         if isinstance(kwargs.get("rope_scaling"), dict):
             kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
-        if self.num_attention_groups > 1:  # enough key/value heads to be split with their query heads
+        if self.num_attention_groups > 1:  # split key/value heads like query heads
             split = {f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}
             self.base_model_tp_plan = {**self.base_model_tp_plan, **split}
         super().__post_init__(**kwargs)
@@ -389,7 +388,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
                 raise ValueError(f"`{name}` of the rotary embedding must be a number above 0, got {value!r}.")
         try:
             super().validate_rope()
-        except KeyError as error:  # what transformers raises where a key is missing
+        except KeyError as error:  # raised by transformers for a missing key
             raise ValueError(error.args[0]) from None
 
     def to_dict(self) -> dict:
@@ -447,7 +446,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         of_text = {key: kwargs.pop(key) for key in ("vocab_size", "num_hidden_layers") if key in kwargs}
-        if of_text and not isinstance(self.text_config, PreTrainedConfig):  # which outweighs these
+        if of_text and not isinstance(self.text_config, PreTrainedConfig):  # a config object takes precedence
             self.text_config = {**of_text, **(self.text_config or {})}
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
             value = getattr(self, name)
@@ -465,7 +464,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._name_architecture(self.text_config.__dict__)
 
-    # Of the whole model, libraries ask for these: PEFT for the first, early exit of generation for the second.
+    # PEFT reads `vocab_size` from the whole model's config, early-exit generation `num_hidden_layers`.
     vocab_size, num_hidden_layers = (
         property(
             lambda self, name=name: getattr(self.text_config, name),
