@@ -1,4 +1,4 @@
-"""Pictures and prompts of Step3-VL: how a picture is viewed and cut, and the tokens it takes in the text."""
+"""Processors for Step3-VL: cut images into patches, and expand image placeholders in prompts to tokens."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -39,23 +39,23 @@ from .configuration_step3 import num_image_tokens, set_on_package
 
 logger = logging.get_logger(__name__)
 
-# A picture with a side below this and a more extreme aspect ratio is padded to a square.
+# An image with a side below MIN_SIDE and an aspect ratio above MAX_PADDED_RATIO is padded to a square.
 MIN_SIDE, MAX_PADDED_RATIO = 32, 4
-# Up to the global view's side a picture is cut only if more elongated than this, …
+# An image no larger than the global view is cut only above this aspect ratio.
 MAX_WHOLE_RATIO = 1.5
-# … and beyond it, if more elongated than this, with windows no larger than its shorter side.
+# Above this aspect ratio, a larger image is cut into windows no larger than its shorter side.
 MAX_WINDOW_RATIO = 4
-# A side that reaches further than this share of a window past the last whole one gets another window.
+# If more than this fraction of a window remains, the side gets another window.
 MAX_REST = 0.2
 
-# What a resized picture's floats may reach past the ends of their range, as a share of it; and the least that the
-# brightest pixel of a picture from [0, 255] must have: less could be from [0, 1], or normalised already.
+# How far the floats of a resized image may overshoot their range, as a fraction of it; and the lowest maximum of an
+# image in [0, 255], as smaller values could be in [0, 1] or already normalised.
 OVERSHOOT, AMBIGUOUS = 0.1, 3
 
-# In a picture's `info`: its 8 bits stand for [0, 1], and nothing will rescale them.
+# Key in an image's `info`: its 8 bits represent [0, 1], and `do_rescale` is off.
 UNIT_RANGE = "step3_unit_range"
 
-# What PIL's plugins raise for a broken file beside the OSError and ValueError that they document.
+# Errors that PIL's plugins raise for broken files, besides the documented OSError and ValueError.
 BROKEN_FILE = (
     SyntaxError,
     TypeError,
@@ -66,18 +66,18 @@ BROKEN_FILE = (
     RuntimeError,
     struct.error,
 )
-# What PIL raises for metadata that are not what they should be.
+# Errors that PIL raises for invalid metadata.
 UNREADABLE_METADATA = (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, struct.error)
 
 PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
 
-# Beyond any model; what is made of a picture stays below a gigabyte.
+# Larger than any model's; limits the output for one image to less than a gigabyte.
 MAX_SIDE = 4096
 
-# How each PIL filter is called where floats are resized.
+# The `torch.nn.functional.interpolate` mode of each PIL filter.
 INTERPOLATION_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
-# The chat format of the released model, for checkpoints that bring no template.
+# The chat format of the released model, for checkpoints without a template.
 CHAT_TEMPLATE = """\
 {{- bos_token if bos_token is defined and bos_token else '' }}
 {%- macro text_of(content) %}
@@ -156,7 +156,7 @@ CHAT_TEMPLATE = """\
 {{- '<|BOT|>assistant\\n' ~ ('<think>' if enable_thinking is defined and enable_thinking else '') }}
 {%- endif %}
 """
-# What an answer is read by: the marks of the template above, which are the released model's.
+# Parses answers by the marks of the template above, which are those of the released model.
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
     "start_anchor": "<|BOT|>assistant\n",
@@ -180,7 +180,7 @@ RESPONSE_TEMPLATE = {
         },
     },
 }
-# The same of a whole answer, whose reasoning may end without having begun; a stream would have to wait for that.
+# For complete answers, whose reasoning may lack its opening mark; a stream would have to wait for the closing one.
 WHOLE_RESPONSE_TEMPLATE = copy.deepcopy(RESPONSE_TEMPLATE)
 WHOLE_RESPONSE_TEMPLATE["fields"]["reasoning_content"] = {
     "open_pattern": r"<think>|\A(?=.*?</think>)",
@@ -249,7 +249,7 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
     longer = max(width, height)
     if longer > max_side:
         scale = max_side / longer
-        # A ratio that survives the padding above leaves a pixel at least, unless `max_side` is tiny.
+        # After the padding above, a side can only fall below one pixel if `max_side` is tiny.
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     view_size = (width, height)
 
@@ -287,7 +287,7 @@ def upright(image: Image.Image) -> Image.Image:
     except BROKEN_FILE as error:
         raise OSError(f"The picture cannot be read: {error}.") from error
     try:
-        # Turned only if need be, as it is copied.
+        # Transpose only if needed, because it makes a copy.
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         return image if is_upright else ImageOps.exif_transpose(image)
     except UNREADABLE_METADATA:
@@ -301,7 +301,7 @@ def download(url: str, max_bytes: int) -> BytesIO:
     Raises:
         `OSError`: if it cannot be fetched or has more than `max_bytes`.
     """
-    httpx = image_utils.httpx  # what transformers itself fetches pictures with
+    httpx = image_utils.httpx  # transformers fetches images with it, too
     file = BytesIO()
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
@@ -353,7 +353,7 @@ def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
         return pixels.astype(np.uint8)
     if pixels.dtype == np.bool_:
         return pixels.astype(np.uint8) * 255
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # in either order of bytes
+    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
         return (pixels >> 8).astype(np.uint8)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise ValueError("Pixel values must lie in [0, 1] or [0, 255] as floats, got NaN or infinite ones.")
@@ -421,7 +421,7 @@ class Step3VLImageProcessor(PilBackend):
     do_normalize = True
     max_download_bytes = 2**27
 
-    # The saved numbers of tokens are ignored, as they follow from the sizes.
+    # Ignores the saved numbers of tokens, which follow from the sizes.
     def __init__(self, *, num_image_tokens=None, num_patch_tokens=None, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
         super().__init__(**kwargs)
         self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
@@ -537,18 +537,18 @@ class Step3VLImageProcessor(PilBackend):
             image = upright(image)
             if image.mode.startswith(("I", "F")):
                 pixels = np.asarray(image)
-                if pixels.dtype == np.int32 and pixels.max() > 255:  # how PIL holds 16-bit greys, too
+                if pixels.dtype == np.int32 and pixels.max() > 255:  # PIL also stores 16-bit greyscale like this
                     pixels = pixels.clip(0, 65535).astype(np.uint16)
                 is_unit = is_meant_as_unit(pixels, do_rescale)
                 image = Image.fromarray(to_8_bit(pixels, is_unit))
-            elif image.mode in PREMULTIPLIED_MODES:  # from which PIL converts to no other
+            elif image.mode in PREMULTIPLIED_MODES:  # PIL converts these to no other mode
                 image = image.convert(PREMULTIPLIED_MODES[image.mode])
         else:
             if isinstance(image, torch.Tensor):  # NumPy has no bfloat16
                 image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
             pixels = np.asarray(image)
             if pixels.ndim == 3:
-                # Three channels win over one and four where both ends could be channels; transformers decides the rest.
+                # If both ends could be channels, prefer three to one and four; transformers decides the rest.
                 num_channels = 3 if 3 in pixels.shape[::2] else (1, 4)
                 layout = input_data_format or infer_channel_dimension_format(pixels, num_channels)
                 if ChannelDimension(layout) == ChannelDimension.FIRST:
@@ -565,7 +565,7 @@ class Step3VLImageProcessor(PilBackend):
             image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
         wants_rgb = do_convert_rgb and np.shape(image_mean) in ((), (3,))
         image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
-        if is_unit:  # of a picture made here, never of the caller's
+        if is_unit:  # on our own image, never on the caller's
             image.info[UNIT_RANGE] = True
         return image
 
@@ -583,7 +583,7 @@ class Step3VLImageProcessor(PilBackend):
         return_tensors: str | None,
         **kwargs,
     ) -> BatchFeature:
-        # A picture at a time: several together leave the processor's caches, and take longer.
+        # One image at a time: several together do not fit in the processor's caches, and take longer.
         def to_pixels(image: Image.Image) -> torch.Tensor:
             """Rescaled and normalised pixels (1, channels, height, width)."""
             tensor = to_tensor(image)
@@ -628,7 +628,7 @@ class Step3VLImageProcessor(PilBackend):
             if plan.num_patches == 0:
                 continue
             covered = (plan.columns * plan.window, plan.rows * plan.window)
-            if not plan.view_size == plan.cut_size == covered:  # otherwise the patches have the view's own pixels
+            if not plan.view_size == plan.cut_size == covered:  # otherwise reuse the view's pixels
                 pixels = to_pixels(image.resize(plan.cut_size, resample).crop((0, 0, *covered)))
             squares = pixels[0].unflatten(2, (plan.columns, -1)).unflatten(1, (plan.rows, -1)).permute(1, 3, 0, 2, 4)
             if plan.window == patch_size:
@@ -724,7 +724,7 @@ class Step3VLProcessor(ProcessorMixin):
         if missing := [token for token in tokens if token not in vocabulary]:
             raise ValueError(f"`tokenizer` must know the tokens of a picture, and lacks {', '.join(missing)}.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        # All that a picture takes in the text, which is what `mm_token_type_ids` marks and serving engines count.
+        # All tokens of an image in the text, which `mm_token_type_ids` marks and serving engines count.
         self.image_token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
 
     @classmethod
