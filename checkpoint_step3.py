@@ -1,6 +1,4 @@
-"""What stands between Step3-VL's files and its modules: names on disk, block-fp8, and experts one by one, in files and
-as modules.
-"""
+"""Loads and saves Step3-VL checkpoints: weight names, block-fp8, and separate or stacked experts."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -29,8 +27,7 @@ from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
 
 
-# Trainer and `transformers serve` ask for classes by their names in these, which registering with the Auto classes does
-# not fill.
+# Trainer and `transformers serve` look up class names in these mappings, which Auto class registration does not fill.
 for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
     getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES")["step3_vl"] = "Step3VLForConditionalGeneration"
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["step3_text"] = "Step3TextForCausalLM"
@@ -66,11 +63,11 @@ class MergeExperts(MergeModulelist):
         return self
 
 
-# How the names on disk become the modules' names; `save_pretrained` runs it backwards, without the groups that start
-# with `(?`. A mapping is found by class name, else by model type, and each part of a model brings its own: what the
-# whole model renames, its parts rename further. Stacked down projections are renamed, not converted, so that offloading
-# to disk reads them where they are. llm-compressor and others save experts one by one, as
-# `moe.experts.0.gate_proj.weight`; that a weight must follow keeps PEFT from stacking adapters of linear experts.
+# Converts names on disk to module names; `save_pretrained` reverses it, without the groups that start with `(?`.
+# transformers finds a mapping by class name, otherwise by model type, and applies those of a model's parts after its
+# own. Stacked down projections are renamed, not converted, so that disk offloading reads them in place. llm-compressor
+# and others save experts one by one, as `moe.experts.0.gate_proj.weight`; requiring `weight` keeps PEFT from stacking
+# adapters of linear experts.
 GATE, UP, DOWN = (rf"moe\.{name}_proj\.weight" for name in ("gate", "up", "down"))
 SINGLE_GATE, SINGLE_UP, SINGLE_DOWN = (
     rf"moe\.(?:experts\.\d+\.)(?=\w+\.weight){name}_proj\.weight" for name in ("gate", "up", "down")
@@ -83,16 +80,16 @@ register_checkpoint_conversion_mapping(
         WeightConverter(SINGLE_DOWN, "moe.experts.down_proj", [MergeExperts()]),
         WeightRenaming(DOWN, "moe.experts.down_proj"),
         WeightRenaming(rf"{DOWN}_scale_inv", "moe.experts.down_proj_scale_inv"),
-        # Linear experts are stacked when they are saved. `(?!)` matches nothing: stacked ones are not taken apart here.
+        # Stacks linear experts when saving. `(?!)` matches nothing, so loading does not split stacked experts.
         WeightConverter(rf"(?!){GATE}", "moe.experts.*.gate_proj.weight", [SplitModulelist()]),
         WeightConverter(rf"(?!){UP}", "moe.experts.*.up_proj.weight", [SplitModulelist()]),
         WeightConverter(rf"(?!){DOWN}", "moe.experts.*.down_proj.weight", [SplitModulelist()]),
     ],
     overwrite=True,
 )
-# Here `model.language_model.` and so on is what the original remote code saved.
+# These also match names saved by the original remote code, such as `model.language_model.`.
 register_checkpoint_conversion_mapping(
-    "step3_vl",  # which Step3VLModel is found by
+    "step3_vl",  # the key for Step3VLModel
     [WeightRenaming(r"^model\.(?:language_model\.|(?!vision_model\.|vit_))", "^language_model.")],
     overwrite=True,
 )
@@ -106,7 +103,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-# The weights of all experts, or their scales, as the release has them.
+# Stacked expert weights or scales, as in the release.
 STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
@@ -151,7 +148,7 @@ def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_con
     with torch.device("meta"):
         plain = type(model)(model.config)
     for name in own_names:
-        if name.endswith("_scale_inv") and name not in found and own_names[name].is_meta:  # not if adapters are read
+        if name.endswith("_scale_inv") and name not in found and own_names[name].is_meta:  # not when loading adapters
             module_name = name.rpartition(".")[0]
             model.set_submodule(module_name, plain.get_submodule(module_name).to(load_config.dtype))
     width = model.config.get_text_config().moe_intermediate_size
@@ -215,16 +212,16 @@ def wants_linear_experts(config) -> bool:
 class Step3Checkpoint:
     """Mixin of the models: what loading and saving a checkpoint of Step3 takes beyond any other model's."""
 
-    # Patterns of the names that a directory of the whole model holds beside those of a part that is loaded by itself.
-    # Not the attribute that transformers asks for, which is handed on to models that this one is a part of.
+    # Patterns of weights to ignore when loading a part of the model from a whole model's directory. transformers'
+    # own attribute would also apply to models that contain this one.
     keys_of_other_parts: tuple[str, ...] = ()
 
     def __init__(self, config, *args, **kwargs):
-        config.validate()  # fields may have been set since it was made
+        config.validate()  # fields may have changed since it was created
         if config._experts_implementation is None and wants_linear_experts(config):
             config._experts_implementation = "linear"
         super().__init__(config, *args, **kwargs)
-        self.register_load_state_dict_post_hook(refuse_other_adapters)  # which PEFT loads adapters by
+        self.register_load_state_dict_post_hook(refuse_other_adapters)  # PEFT's way of loading adapters
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """
@@ -244,7 +241,7 @@ class Step3Checkpoint:
 
     def post_init(self):
         super().post_init()
-        self._keys_to_ignore_on_load_unexpected = set(self.keys_of_other_parts)  # and not what its own parts ignore
+        self._keys_to_ignore_on_load_unexpected = set(self.keys_of_other_parts)  # without those of its parts
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -281,14 +278,14 @@ class Step3Checkpoint:
         if is_linear and load_config.device_mesh is not None:
             raise ValueError('`experts_implementation="linear"` cannot be split over ranks; use `device_map`.')
         for module in model.modules():
-            # bitsandbytes would pack 4-bit weights for a CPU in the first forward that needs no gradients; gradients
-            # through packed weights are wrong, and so is what is merged with them or read after saving them.
+            # On a CPU, bitsandbytes would pack 4-bit weights in the first forward without gradients. Packed weights
+            # give wrong gradients, and are merged and saved incorrectly.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         if is_linear or is_fp8:
             if state_dict is None:
                 state_dict = {}
-                for path in checkpoint_files:  # mapped into memory, and read when a weight's turn comes
+                for path in checkpoint_files:  # memory-mapped, so each weight is read when needed
                     state_dict |= load_state_dict(path, weights_only=load_config.weights_only)
             if is_linear or settings.dequantize:
                 state_dict = unstack_experts(state_dict)
@@ -302,14 +299,14 @@ class Step3Checkpoint:
                         raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
                     if settings.dequantize:
                         state_dict[f"{name}_scale_inv"] = divide_blocks(weight, scale, settings.weight_block_size)
-                elif settings.dequantize and not name.endswith("_scale_inv"):  # transformers 5.19 does not
+                elif settings.dequantize and not name.endswith("_scale_inv"):  # transformers 5.19 does not cast
                     state_dict[name] = weight.to(load_config.dtype)
             if not settings.dequantize:
                 take_back_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if settings.dequantize if is_fp8 else is_linear and quantizer is None:
-            del model._weight_conversions  # those that were used: to be saved as any model, stacked and not in fp8
+            del model._weight_conversions  # so that it is saved stacked and not in fp8
         return loaded
 
     def load_adapter(self, *args, **kwargs):
@@ -341,7 +338,7 @@ class Step3Checkpoint:
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
         """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
-        if assign:  # which puts other weights in the place of those that are fused
+        if assign:  # replaces fused weights
             self.unfuse()
         transforms = get_model_conversion_mapping(self, add_legacy=False)
         if has_linear_experts(self):
@@ -354,7 +351,7 @@ class Step3Checkpoint:
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         renamed, to_convert = {}, {}
-        for name in sorted(state_dict, key=dot_natural_key):  # experts by their numbers
+        for name in sorted(state_dict, key=dot_natural_key):  # experts in numeric order
             new_name, pattern = (name, None) if name in own_names else rename_source_key(name, renamings, converters)
             if pattern is None:
                 renamed[new_name] = state_dict[name]
