@@ -1,4 +1,4 @@
-"""Generation with Step3-VL: caches, prompts with pictures, and where an answer must end."""
+"""Generation with Step3-VL: caches, prompts with images, and length limits."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -210,16 +210,16 @@ class Step3GenerationMixin(GenerationMixin):
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         settings = generation_config or self.generation_config
         check_finite = CheckFinite(self, bool(kwargs.get("sequence_bias", settings.sequence_bias)))
-        # As an assistant, it gets its main model's processors, too.
+        # An assistant also gets its main model's processors.
         processors = [processor for processor in logits_processor or [] if not isinstance(processor, CheckFinite)]
         if "image" in self.input_modalities:
             input_ids = kwargs.get("input_ids") if inputs is None else inputs
             pictures = {name: kwargs.pop(name, None) for name in self._picture_inputs}
             kwargs |= self.embed_pictures(pictures, input_ids, cache, kwargs)
             processors.append(SuppressImageTokens(self.config.image_token_id))
-        if not getattr(settings, "is_assistant", False):  # whose proposals its main model bounds and checks
+        if not getattr(settings, "is_assistant", False):  # the main model limits and checks its proposals
             generation_config, kwargs = self.bound_length(inputs, generation_config, cache, kwargs)
-            processors.insert(0, check_finite)  # before the caller's own
+            processors.insert(0, check_finite)  # before the caller's processors
         if cache is not None:
             kwargs[CACHE_NAME] = cache
         output = super().generate(inputs, generation_config, LogitsProcessorList(processors), *args, **kwargs)
@@ -237,7 +237,7 @@ class Step3GenerationMixin(GenerationMixin):
         Raises:
             `ValueError`: if the pictures fit neither all image tokens nor those that the cache does not hold.
         """
-        if "prompt_embeds" in arguments:  # this is the assistant, or a model that assists itself
+        if "prompt_embeds" in arguments:  # an assistant, or a model that assists itself
             return {"prompt_embeds": arguments.get("assistant_prompt_embeds", arguments["prompt_embeds"])}
         inputs_embeds, attention_mask = arguments.get("inputs_embeds"), arguments.get("attention_mask")
         names = ("pixel_values", "image_embeds")
@@ -247,7 +247,7 @@ class Step3GenerationMixin(GenerationMixin):
             if has_pictures:
                 raise ValueError("Pictures need `input_ids` or `inputs_embeds` that hold their image tokens.")
             return {}
-        # Tokens before the given ones, which may be the new ones alone; and how many of the given the cache holds.
+        # The given tokens may be only the new ones. Count the tokens before them, and how many of them are cached.
         before = attention_mask.shape[1] - given.shape[1] if getattr(attention_mask, "ndim", 0) == 2 else 0
         cached = 0 if cache is None else max(int(cache.get_seq_length()) - before, 0)
         if not has_pictures:
@@ -284,21 +284,21 @@ class Step3GenerationMixin(GenerationMixin):
             return generation_config, kwargs
         pad = kwargs.get("pad_token_id", settings.pad_token_id)
         if mask is None and prompt.ndim == 2 and isinstance(pad, int) and pad != settings.eos_token_id:
-            mask = prompt != pad  # as transformers makes one
+            mask = prompt != pad  # as transformers does
         length = num_positions = prompt.shape[1]
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # which may know of more tokens, and of padding
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # may include earlier tokens and padding
             length, num_positions = mask.shape[1], int(mask.sum(-1).max())
         models = [model for model in (self, kwargs.get("assistant_model")) if model is not None]
         limits = [getattr(model.config.get_text_config(), "longest_sequence", None) for model in models]
         rooms = [(limit - num_positions, f"the model's {limit} positions") for limit in limits if limit is not None]
         if (limit := max_length_of(cache)) > 0:
-            # The last token is not cached; of the tokens that prompt lookup proposes, all are.
+            # The last token is not cached, but all tokens that prompt lookup proposes are.
             proposed = kwargs.get("prompt_lookup_num_tokens", settings.prompt_lookup_num_tokens) or 1
             rooms.append((limit - length + 2 - proposed, f"the cache's {limit} tokens"))
         room, owner = min(rooms, default=(None, None))
         name, wanted = "max_new_tokens", kwargs.get("max_new_tokens", settings.max_new_tokens)
         if wanted is None:
-            # 20 is what transformers generates if nothing is said.
+            # transformers generates 20 tokens by default.
             max_length = kwargs.get("max_length", settings.max_length)
             name, wanted = "max_length", (max_length or prompt.shape[1] + 20) - prompt.shape[1]
         if room is None or wanted <= room:
@@ -359,7 +359,7 @@ class Step3GenerationMixin(GenerationMixin):
             )
         limit, positions = self.config.get_text_config().longest_sequence, model_inputs.get("position_ids")
         if limit is not None and positions is not None and positions.shape[1] > 1:
-            # Prompt lookup may propose tokens beyond the last position, which are cut off the answer.
+            # Prompt lookup may propose tokens beyond the last position; they are cut off the answer.
             model_inputs["position_ids"] = positions.clamp(max=limit - 1)
         if prompt_embeds is not None and (input_ids := model_inputs["input_ids"]) is not None:
             num_new = input_ids.shape[1]
