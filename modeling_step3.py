@@ -1,7 +1,6 @@
-"""Step3-VL: a mixture-of-experts decoder with multi-matrix factorization attention, behind a vision encoder.
+"""Step3-VL: a vision encoder and a mixture-of-experts decoder with multi-matrix factorization attention.
 
-Read from top to bottom, in the order data flows: linear layers, the text decoder, the vision encoder, the two together,
-the language-model heads; then the checks of inputs, and how a model is split over ranks.
+Contents: linear layers, text decoder, vision encoder, whole model, language-model heads, input checks, parallelism.
 """
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
@@ -55,7 +54,7 @@ if is_torch_distributed_available():
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-if TYPE_CHECKING:  # named for readers, and so that whatever copies this file's imports copies the processor along
+if TYPE_CHECKING:  # makes `custom_object_save` copy processing_step3.py
     from .processing_step3 import Step3VLProcessor  # noqa: F401
 
 
@@ -63,7 +62,7 @@ logger = logging.get_logger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers: compiled for few rows on a CPU, and several as one
+# Linear layers: compiled for few rows on a CPU, and fused
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -84,9 +83,9 @@ def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tens
     of `experts` (rows,), in a `weight` (experts, outputs, inputs). They are written as sums, of which the compiler
     makes kernels that read weights without a copy. Returns (rows, outputs), in float32 at least.
 
-    A CPU reads memory fastest in several streams, so four parts of the outputs are computed together. Each part
-    processes 128 output rows at a time, so that rows of `states` that are sorted by expert find its weights in the
-    cache. Sums are taken in pieces, as the compiler halves the speed of those of more than 4,096 numbers.
+    Four parts of the outputs are computed together, because a CPU reads memory fastest in several streams. Each part
+    processes 128 output rows at a time so that an expert's weights stay in cache for all its rows of `states`. Sums are
+    split, because the compiler makes those of more than 4,096 numbers half as fast.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if experts is None:
@@ -176,7 +175,7 @@ class Fusible(nn.Module):
             return "the weights have several types or devices"
         return None
 
-    def _apply(self, fn, recurse=True):  # what `to`, `half` and the like call
+    def _apply(self, fn, recurse=True):  # called by `to`, `half` and others
         super()._apply(fn, recurse)
         if self.fused is not None:
             self.fuse_layers()
@@ -349,7 +348,7 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
             if attention_mask is not None and attention_mask.shape[1] > 1:
                 attention_mask = attention_mask.view(batch_size, num_key_value_heads, -1, key.shape[2])
             query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
-            kwargs["is_causal"] = False  # continuous batching brings its own
+            kwargs["is_causal"] = False  # continuous batching passes its own
             attn_output, _ = attention_interface(module, query, key, value, attention_mask, **kwargs)
             return attn_output.transpose(1, 2).reshape(batch_size, 1, num_heads, head_dim), None
         key, value = (repeat_kv(states, num_heads // num_key_value_heads) for states in (key, value))
@@ -490,7 +489,7 @@ def step3_experts_forward(
     is_few = hidden_states.device.type == "cpu" and num_tokens * top_k <= 2 * self.num_experts
     if not torch.compiler.is_compiling() or (num_tokens > 1 and not is_few):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    # Under expert parallelism an index beyond the experts stands for those of other ranks, with a weight of 0.
+    # Under expert parallelism, an index beyond the experts stands for other ranks' experts, with a weight of 0.
     experts, order = top_k_index.clamp(max=self.num_experts - 1).flatten().sort()
     gate_up = sum_products(self.gate_up_proj, hidden_states[order // top_k], experts).type_as(hidden_states)
     output = sum_products(self.down_proj, self._apply_gate(gate_up), experts)[order.argsort()]
@@ -513,7 +512,7 @@ class Step3TextExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
-        # Before any hook of a rank that holds some of the experts, which has its own numbers for them.
+        # Registered before the hooks of expert parallelism, which renumber the experts.
         self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
 
     def check_indices(self, inputs: tuple[torch.Tensor, ...], num_experts: int) -> None:
@@ -528,7 +527,7 @@ class Step3TextExperts(nn.Module):
         """The `eager` implementation: one expert after the other, each on the tokens (tokens, hidden_size) it got."""
         output = torch.zeros_like(hidden_states)
         with torch.no_grad():
-            # One class more than experts: under expert parallelism it stands for the experts of other ranks.
+            # The additional class stands for other ranks' experts under expert parallelism.
             assigned = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)[..., :-1].permute(2, 1, 0)
             used_experts = assigned.sum(dim=(1, 2)).nonzero().flatten()
         for expert in used_experts:
@@ -637,7 +636,7 @@ class Step3VLPreTrainedModel(Rewritable, Step3Checkpoint, PreTrainedModel):
         text_config = self.config.get_text_config()
         if requested_experts is not None or text_config.model_type != Step3TextConfig.model_type:
             return implementation
-        # The type the model is made in, and the narrower one it may be cast to.
+        # The dtype the model is created in, and the narrower one it may be cast to.
         dtypes = (torch.get_default_dtype(), torch.bfloat16)
         fits = all(_experts_fit_grouped_mm(text_config, dtype) for dtype in dtypes)
         return "step3" if fits and implementation == "grouped_mm" else "eager"
@@ -649,7 +648,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
     config: Step3TextConfig
     config_class = Step3TextConfig
     input_modalities = ("text",)
-    # A directory of the whole model holds the decoder's weights under the decoder's names, beside these.
+    # A whole model's directory contains these besides the decoder's weights.
     keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\.")
     _can_record_outputs = {
         "hidden_states": Step3TextDecoderLayer,
@@ -672,7 +671,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         mask = attention_mask.bool()
         if isinstance(cache, Step3BoundedCache):
             mask = mask[:, cache.layers[0].num_dropped :]
-        elif (room := max_length_of(cache)) > 0:  # static: its keys reach beyond these tokens
+        elif (room := max_length_of(cache)) > 0:  # a static cache, whose keys extend beyond these tokens
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
@@ -730,7 +729,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
         ):
             causal_mask = self.mask_one_token(attention_mask, inputs_embeds.dtype, cache)
         else:
-            # It looks for packed rows, told by their positions, only where it is given no cache.
+            # It detects packed rows from their positions only if it gets no cache.
             is_empty = isinstance(cache, Cache) and not cache.is_compileable and cache.get_seq_length() == 0
             causal_mask = create_causal_mask(
                 config=self.config,
@@ -790,7 +789,7 @@ class Step3VisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         height, width = patches.shape[-2:]
-        # Looked up, not read from the weight, which may be offloaded until the module is called.
+        # Call the module, because its weight may be offloaded until then.
         positions = self.position_embedding(torch.arange(self.grid_size**2 + 1, device=patches.device))
         patches = patches.flatten(2).transpose(1, 2) + self.resize_positions(positions[1:], height, width)
         class_row = self.class_embedding + positions[:1]
@@ -948,8 +947,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     config_class = Step3VLConfig
     keys_of_other_parts = (r"^lm_head\.",)
-    # What an MLP of the encoder may put out at once, in bytes. More is slower on a CPU, where it leaves the caches; on
-    # a GPU it bounds memory, to 50 patches of the released size in bfloat16.
+    # Maximum output of an encoder MLP, in bytes: on a CPU, so that it stays in cache; on a GPU, to limit memory (50
+    # patches of the released size in bfloat16).
     max_encoder_bytes = {"cpu": 2**24, "cuda": 2**31}
 
     def __init__(self, config: Step3VLConfig):
@@ -1036,7 +1035,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         features, rows = image_features.flatten(0, 1), num_tokens
         if patches_given:
             patch_features, _ = self.encode(patch_pixel_values)
-            # Each picture's patches come before its global view; sorted on the device, whatever the counts are.
+            # Each picture's patches precede its global view. Sort on the device, for any counts.
             images = torch.arange(num_images, device=num_patches.device)
             image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
             places = [
@@ -1046,7 +1045,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             features = torch.cat([patch_features.flatten(0, 1), features])
             features = features[torch.cat(places).argsort(stable=True)]
             rows = num_patches * patch_features.shape[1] + num_tokens
-        if torch.compiler.is_compiling():  # how many rows a picture has is not known
+        if torch.compiler.is_compiling():  # the number of rows per picture is unknown
             features = (features,)
         else:
             features = features.split(rows if isinstance(rows, int) else rows.tolist())
@@ -1104,7 +1103,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         """Once, if there are any in a text without pictures, in whose place nothing is put."""
         if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
             return
-        # What follows cached tokens may hold an image token that the model itself came up with.
+        # After cached tokens, an image token may be one that the model generated.
         is_first = cache is None or (isinstance(cache, Cache) and int(cache.get_seq_length()) == 0)
         if is_first and (input_ids == self.config.image_token_id).any():
             logger.warning_once("The text has image tokens, but no pictures are given: their own embeddings are used.")
@@ -1191,8 +1190,8 @@ class Step3LanguageModelHead:
 
     def post_init(self):
         super().post_init()
-        # The released vocabulary of 128815 divides by few numbers of ranks. Only a head of its own can stay whole; a
-        # tied one is split with the embedding.
+        # Few numbers of ranks divide the released vocabulary of 128815. Only an untied head can be replicated; a tied
+        # one is split with the embedding.
         if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
@@ -1415,7 +1414,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checks of inputs: what would be a wrong answer, or a cache that is written to before torch finds the fault
+# Checks of inputs that would give wrong outputs, or fail in torch only after the cache was modified
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1472,24 +1471,24 @@ def check_inputs(
     check_embeddings(config, inputs_embeds)
     batch_size, num_new, _ = inputs_embeds.shape
     cached, limits, is_static = 0, [], False
-    if isinstance(cache, Cache):  # not the one of continuous batching, which knows no rows and no length
+    if isinstance(cache, Cache):  # not continuous batching's, which has no rows or length
         cached, is_static = cache.get_seq_length(), cache.is_compileable
         limits.append((max_length_of(cache), "the cache's", "the cache is full"))
-        if not torch.compiler.is_compiling():  # which would compile anew for each length that is compared
+        if not torch.compiler.is_compiling():  # comparing lengths would recompile for each one
             check_cache(config, cache, batch_size)
     if position_ids is None and config.longest_sequence is not None:
         limits.append((config.longest_sequence, "`max_position_embedding`, scaling counted in,", "no position is left"))
     total = cached + num_new
     for limit, owner, reason in limits:
-        if limit < 0:  # none
+        if limit < 0:  # unlimited
             continue
         if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
-            # Without the limit, which in a message would compile anew for each length.
+            # The limit in the message would cause a recompilation for each length.
             check_values(total <= limit, f"There is no room for another token: {reason}")
         elif total > limit:
             raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
 
-    if position_ids is not None:  # which count, not the tokens, as rows may be packed
+    if position_ids is not None:  # positions are limited, not tokens, because rows may be packed
         shape = tuple(position_ids.shape)
         if shape not in ((1, num_new), (batch_size, num_new)):
             raise ValueError(f"`position_ids` must have the tokens' shape, ({batch_size}, {num_new}), got {shape}.")
@@ -1543,7 +1542,7 @@ def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several ranks
+# Parallelism
 # ---------------------------------------------------------------------------------------------------------------------
 
 
