@@ -710,9 +710,9 @@ class Step3TextModel(Step3VLPreTrainedModel):
         if inputs_embeds is None:
             check_input_ids(self.config, input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        check_inputs(self.config, inputs_embeds, attention_mask, position_ids, cache)
         if isinstance(cache, Step3BoundedCache):
             cache.make_room(inputs_embeds.shape[1])
-        check_inputs(self.config, inputs_embeds, attention_mask, position_ids, cache)
 
         if position_ids is None:
             past_seen_tokens = cache.get_seq_length() if cache is not None else 0

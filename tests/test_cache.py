@@ -54,6 +54,11 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     cache.reclaim(2)
     with pytest.raises(ValueError, match="3 tokens cannot be removed: 2 are held, the others were dropped"):
         cache.crop(-3)
+    making_room = Step3BoundedCache(model.config, 6, keep=2)
+    model(ids, cache=making_room)
+    with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
+        model(ids[:, :1], cache=making_room, attention_mask=torch.ones(1, 3).long())
+    assert making_room.layers[0].num_held == 6  # what is refused drops nothing
     for keep in (0, 6):
         with pytest.raises(ValueError, match=f"`keep` must lie between 1 and 5, below `max_length`, got {keep}"):
             Step3BoundedCache(model.config, 6, keep=keep)

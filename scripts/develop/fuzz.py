@@ -1,4 +1,4 @@
-"""Throws malformed configs, pictures, texts, tensors and caches at the doors, and reports whatever is neither a right
+"""Fuzzes the API with malformed configs, pictures, texts, tensors and caches, and reports whatever is neither a right
 answer nor a documented exception, with the seed that repeats it.
 
 python scripts/develop/fuzz.py --minutes 10
@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tiny"))
 from make_random_model import TINY, make_tokenizer
 
 
-# What the doors say they raise: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's
+# What the API says it raises: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's
 # errors are OSErrors but for the bomb.
 DOCUMENTED = {
     "config": (StrictDataclassError, ValueError),
@@ -307,30 +307,30 @@ def odd_decode(choose: random.Random, models: Models):
 def fuzz(seed: int, processor: Step3VLProcessor, models: Models) -> str | None:
     """One attempt; what is wrong with its outcome, if anything."""
     choose = random.Random(seed)
-    door = choose.choice(list(DOCUMENTED))
+    part = choose.choice(list(DOCUMENTED))
     start = time.monotonic()
     try:
         with torch.no_grad():
-            if door == "config":
+            if part == "config":
                 odd_config(choose)
-            elif door == "processor":
+            elif part == "processor":
                 odd_call(choose, processor)
-            elif door == "metadata":
+            elif part == "metadata":
                 odd_metadata(choose, processor)
-            elif door == "model":
+            elif part == "model":
                 odd_forward(choose, models)
             else:
                 odd_decode(choose, models)
     except AssertionError as error:
-        return f"{door}: {error}"
-    except DOCUMENTED[door]:
+        return f"{part}: {error}"
+    except DOCUMENTED[part]:
         pass
     except Exception as error:
         if not (isinstance(error, RuntimeError) and any(text in str(error) for text in ASSERTED)):
             place = traceback.extract_tb(error.__traceback__)[-1]
-            return f"{door}: {type(error).__name__}: {str(error)[:200]!r} at {place.filename}:{place.lineno}"
+            return f"{part}: {type(error).__name__}: {str(error)[:200]!r} at {place.filename}:{place.lineno}"
     if (seconds := time.monotonic() - start) > SECONDS:
-        return f"{door}: took {seconds:.0f} seconds"
+        return f"{part}: took {seconds:.0f} seconds"
     return None
 
 
