@@ -12,6 +12,7 @@ import inspect
 import sys
 
 from huggingface_hub.dataclasses import strict
+from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils.type_validators import activation_fn_key, interval, probability
@@ -38,7 +39,8 @@ def gathers_uneven_outputs() -> bool:
     return "validate_param" not in vars(ColwiseParallel)
 
 
-# 5.20: `sub_configs_defaults` instead of `sub_configs`; Step3VLConfig sets both.
+# 5.20: `sub_configs_defaults`, of these, instead of `sub_configs`; Step3VLConfig sets both.
+SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
 
 
 # Layers with routed experts in the released model: all but the first four and the last.
@@ -435,7 +437,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
     carried_auto_map = STEP3_VL_AUTO_MAP
     sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
-    sub_configs_defaults = sub_configs  # the name since transformers 5.20
+    sub_configs_defaults = {name: SubConfigSpec(config_class=value) for name, value in sub_configs.items()}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

@@ -1242,7 +1242,7 @@ class Step3LanguageModelHead:
         """The logits at `logits_to_keep`, the losses, and what is passed on of the decoder's `outputs`."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int):
+        if logits_to_keep is None or isinstance(logits_to_keep, int):
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
             hidden_states = self.select_positions(hidden_states, logits_to_keep)
