@@ -252,7 +252,8 @@ class Step3Checkpoint:
             `ValueError`: if weights of experts are in a quantised form of which the config says nothing.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        quantised = re.compile(r"\.moe\.experts\.\d+\.\w+_proj\.(?!weight(_scale_inv)?$)")
+        # One by one, or, as older releases report them, by the stacked weight's name.
+        quantised = re.compile(r"\.moe\.experts\.(\d+\.\w+_proj\.(?!weight(_scale_inv)?$)|\w+_proj_(?!scale_inv$))")
         if experts := [name for name in info["unexpected_keys"] if quantised.search(name)]:
             raise ValueError(
                 f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
