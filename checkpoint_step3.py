@@ -38,6 +38,9 @@ modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["step3_text"] = "Step3TextForCau
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
+
+
 class MergeExperts(MergeModulelist):
     """Stacks the weights of experts that were saved one by one. They are saved as the release has them: stacked."""
 
@@ -63,6 +66,21 @@ class MergeExperts(MergeModulelist):
         return self
 
 
+class ExpertsConverter(WeightConverter):
+    """
+    A converter of experts that were saved one by one.
+
+    Raises:
+        `ValueError`: if their numbers leave one out, which transformers would close up.
+    """
+
+    def convert(self, layer_name: str, *args, **kwargs):
+        numbers = {int(match[1]) for match in map(EXPERT_NUMBER.search, self.layer_targets[layer_name]) if match}
+        if numbers - set(range(len(numbers))):
+            raise ValueError(f"{layer_name} takes experts from 0 on, the checkpoint has {sorted(numbers)}.")
+        return super().convert(layer_name, *args, **kwargs)
+
+
 # Converts names on disk to module names; `save_pretrained` reverses it, without the groups that start with `(?`.
 # transformers finds a mapping by class name, otherwise by model type, and applies those of a model's parts after its
 # own. Stacked down projections are renamed, not converted, so that disk offloading reads them in place. llm-compressor
@@ -76,8 +94,8 @@ register_checkpoint_conversion_mapping(
     "step3_text",
     [
         WeightConverter([GATE, UP], "moe.experts.gate_up_proj", [Concatenate(dim=1)]),
-        WeightConverter([SINGLE_GATE, SINGLE_UP], "moe.experts.gate_up_proj", [MergeExperts(), Concatenate(dim=1)]),
-        WeightConverter(SINGLE_DOWN, "moe.experts.down_proj", [MergeExperts()]),
+        ExpertsConverter([SINGLE_GATE, SINGLE_UP], "moe.experts.gate_up_proj", [MergeExperts(), Concatenate(dim=1)]),
+        ExpertsConverter(SINGLE_DOWN, "moe.experts.down_proj", [MergeExperts()]),
         WeightRenaming(DOWN, "moe.experts.down_proj"),
         WeightRenaming(rf"{DOWN}_scale_inv", "moe.experts.down_proj_scale_inv"),
         # Stacks linear experts when saving. `(?!)` matches nothing, so loading does not split stacked experts.

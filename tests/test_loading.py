@@ -169,6 +169,16 @@ def test_as_many_experts_as_the_config_says(fp8, bfloat16, tmp_path, kind, numbe
     assert f"layers.1.moe.experts.gate_up_proj takes 8 experts, the checkpoint has {number}." in transformers_log.text
 
 
+def test_experts_are_numbered_without_a_gap(bfloat16, tmp_path):
+    def change(weights):
+        for name in [name for name in weights if "layers.1.moe.experts.1." in name]:
+            weights[name.replace("experts.1.", "experts.8.")] = weights.pop(name)
+
+    directory = one_by_one(bfloat16, tmp_path / "model", change)
+    with pytest.raises(ValueError, match=r"layers.1.moe.experts.\w+ takes experts from 0 on, .* has \[0, 2, .*, 8\]"):
+        AutoModelForImageTextToText.from_pretrained(directory)
+
+
 @pytest.mark.parametrize("implementation", ["grouped_mm", "linear"])
 def test_experts_in_a_quantised_form_that_is_not_known_are_refused(bfloat16, tmp_path, implementation):
     def change(weights):
