@@ -92,10 +92,7 @@ def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
 
 
 class Step3SavedWithCode:
-    """
-    Mixin of the configurations. Saving points the Auto classes in `auto_map` to the code in the saved directory.
-    Setting an alias from `attribute_map` sets and validates its field.
-    """
+    """Mixin of the configurations. Saving points the Auto classes in `auto_map` to the code in the saved directory."""
 
     carried_auto_map = {}
 

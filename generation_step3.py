@@ -161,10 +161,8 @@ class SuppressImageTokens(LogitsProcessor):
 
 
 class CheckFinite(LogitsProcessor):
-    """
-    Records whether any logit is NaN or +inf, without waiting for the device; on a CPU, checks at once. With a
-    `sequence_bias`, which may add infinities, looks for NaN only.
-    """
+    """Records whether any logit is NaN or +inf, without waiting for the device; on a CPU, checks at once. With a
+    `sequence_bias`, which may add infinities, looks for NaN only."""
 
     def __init__(self, model: PreTrainedModel, has_bias: bool):
         self.model, self.has_bias, self.is_finite = model, has_bias, True
@@ -279,10 +277,8 @@ class Step3GenerationMixin(GenerationMixin):
         return prompt
 
     def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
-        """
-        Limits new tokens to the positions and cache that are left, and returns `generation_config` and `kwargs`. Raises
-        a `ValueError` if none are left.
-        """
+        """Limits new tokens to the positions and cache that are left, and returns `generation_config` and `kwargs`.
+        Raises a `ValueError` if none are left."""
         settings = generation_config or self.generation_config
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((given for given in candidates if given is not None), None)

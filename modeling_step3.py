@@ -85,7 +85,7 @@ def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tens
 
     On a CPU, four parts of the outputs are computed together, because it reads memory fastest in several streams. Each
     part processes up to 128 output rows at a time, so that an expert's weights stay in cache for all its rows of
-    `states`. Sums of more than 4,096 numbers are split, because the compiler makes them half as fast.
+    `states`. Sums of more than 4,096 numbers are split, because the compiler makes such sums half as fast.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if experts is None:
@@ -102,10 +102,8 @@ def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tens
 
 
 def multiply(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """
-    `nn.functional.linear`, except that a single row compiled for a CPU uses `sum_products`, which reads the weight
-    twice as fast.
-    """
+    """`nn.functional.linear`, except that a single row compiled for a CPU uses `sum_products`, which reads the weight
+    twice as fast."""
     is_single = states.device.type == "cpu" and states.numel() == states.shape[-1]
     is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if not (is_single and is_compiled) or weight.dtype != states.dtype:
@@ -114,19 +112,15 @@ def multiply(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """
-    A linear layer's output for `states` (..., inputs). When compiling, uses `multiply` if the layer need not be called.
-    """
+    """A linear layer's output for `states` (..., inputs). While compiling, uses `multiply` where possible."""
     if not torch.compiler.is_compiling() or obstacle_of(layer) is not None:
         return layer(states)
     return multiply(layer.weight, states)
 
 
 class FusedWeight:
-    """
-    The weights of linear layers, concatenated to one of shape (all outputs, inputs). The layers' own weights become
-    views of it, so they can be read, saved, loaded and trained as before. Copies of a model are not fused.
-    """
+    """The weights of linear layers, concatenated to one of shape (all outputs, inputs). The layers' own weights become
+    views of it, so they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
 
     @torch.no_grad()
     def __init__(self, layers: list[nn.Linear]):
@@ -229,10 +223,9 @@ class Rewritable:
 
     def fuse(self, *names: str) -> None:
         """
-        Applies rewrites to the loaded model in place, until nothing is left to rewrite. `"step3_qkv"` computes the
-        projections to low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each
-        MLP; both only without gradients. Outputs are equal up to rounding. Parameters and saved checkpoints do not
-        change.
+        Rewrites the loaded model in place until nothing is left to rewrite. `"step3_qkv"` computes the projections to
+        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both only
+        without gradients. Outputs are equal up to rounding; parameters and saved checkpoints stay the same.
 
         Raises:
             `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
@@ -260,10 +253,8 @@ class Rewritable:
                 rewrite.undo(module)
 
     def fusion_report(self) -> list[dict[str, str | bool]]:
-        """
-        One row for each module that a rewrite matches: the `fusion`, the name and `class` of the `module`, and whether
-        it is `rewritten`.
-        """
+        """One row for each module that a rewrite matches: the `fusion`, the name and `class` of the `module`, and
+        whether it is `rewritten`."""
         return [
             {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
             for r, name, x in self.find_rewrites()
@@ -317,10 +308,8 @@ def eager_attention_forward(
     Computes attention of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads, keys,
     head_dim), with an additive mask. Query heads that share a key/value head become rows of one matrix product, so that
     keys and values are not copied for each. The softmax is taken in float32 at least. Returns the output (batch,
-    queries, heads, head_dim) and the probabilities (batch, heads, queries, keys).
-
-    Raises:
-        `ValueError`: if the shapes do not match.
+    queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). Raises a `ValueError` if the shapes
+    do not match.
     """
     _check_attention_shapes(query, key, value)
     batch_size, num_heads, num_queries, head_dim = query.shape
@@ -340,11 +329,8 @@ def eager_attention_forward(
 
 
 def not_finite(*states: torch.Tensor) -> torch.Tensor:
-    """
-    For each row of the batch, 0, or NaN if any number of its `states` (batch, heads, tokens, head_dim) is not finite;
-    the shape is (batch, 1, 1, 1). torch's SDPA on a CPU attends to nothing where scores are NaN, which would hide a
-    broken weight.
-    """
+    """For each row of the batch, 0, or NaN if its `states` (batch, heads, tokens, head_dim) are not finite, as (batch,
+    1, 1, 1). torch's SDPA on a CPU attends to nothing where scores are NaN, which would hide a broken weight."""
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     total = sum(state.sum((1, 2, 3), keepdim=True, dtype=dtype) for state in states)
     return (total * 0).to(states[0].dtype)
@@ -353,8 +339,8 @@ def not_finite(*states: torch.Tensor) -> torch.Tensor:
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
-    key/value head become its query rows. For more tokens, keys and values are expanded, which copies nothing if there
-    is one key/value head.
+    key/value head become its query rows. For more tokens, keys and values are expanded: a view if there is one such
+    head.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
@@ -478,9 +464,7 @@ class Step3TextTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Maps `hidden_states` (tokens, hidden_size) to logits (tokens, experts), and weights and indices (tokens, top_k).
-        """
+        """Maps (tokens, hidden_size) to logits (tokens, experts), and weights and indices (tokens, top_k)."""
         router_logits = nn.functional.linear(hidden_states, self.weight)
         softmax_dtype = torch.promote_types(router_logits.dtype, torch.float32)
         router_probs = nn.functional.softmax(router_logits, dim=-1, dtype=softmax_dtype)
@@ -502,11 +486,8 @@ def step3_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    The default experts implementation, `"step3"`. Uses `grouped_mm`, except in compiled steps with few tokens, where it
-    avoids gathering expert weights: for a single token and, on a CPU, for up to two routed tokens per expert on
-    average.
-    """
+    """The default experts implementation, `"step3"`. Uses `grouped_mm`, except in compiled steps with few tokens, to
+    avoid gathering expert weights: one token or, on a CPU, up to two routed tokens per expert on average."""
     num_tokens, top_k = top_k_index.shape
     is_few = hidden_states.device.type == "cpu" and num_tokens * top_k <= 2 * self.num_experts
     if not torch.compiler.is_compiling() or (num_tokens > 1 and not is_few):
@@ -546,10 +527,7 @@ class Step3TextExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """
-        The `eager` implementation: runs one expert after the other, on its tokens of `hidden_states` (tokens,
-        hidden_size).
-        """
+        """The `eager` implementation: runs each expert on its tokens of `hidden_states` (tokens, hidden_size)."""
         output = torch.zeros_like(hidden_states)
         with torch.no_grad():
             # The additional class stands for other ranks' experts under expert parallelism.
@@ -691,10 +669,8 @@ class Step3TextModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def mask_one_token(self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None) -> torch.Tensor:
-        """
-        Makes the mask of a decoding step, (batch, 1, 1, keys), from an `attention_mask` (batch, tokens). transformers'
-        own masks wait for the device to learn whether there is padding; this does not.
-        """
+        """Makes the mask of a decoding step, (batch, 1, 1, keys), from an `attention_mask` (batch, tokens).
+        transformers' own masks wait for the device to learn whether there is padding; this does not."""
         mask = attention_mask.bool()
         if isinstance(cache, Step3BoundedCache):
             mask = mask[:, cache.layers[0].num_dropped :]
@@ -992,10 +968,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size). Raises
-        a `ValueError` unless the rows form a square of at least 2 × 2.
-        """
+        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size).
+        Raises a `ValueError` unless the rows form a square of at least 2 × 2."""
         grid_size = math.isqrt(hidden_states.shape[1])
         if grid_size**2 != hidden_states.shape[1] or grid_size < 2:
             raise ValueError(
@@ -1009,10 +983,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def encode(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """
-        Encodes images of one size, as many at a time as `max_encoder_bytes` allows. Returns their features (images,
-        image tokens, hidden_size) and the encoder's output.
-        """
+        """Encodes images of one size, as many at a time as `max_encoder_bytes` allows. Returns their features (images,
+        image tokens, hidden_size) and the encoder's output."""
         vision_config = self.config.vision_config
         check_pictures(vision_config, pixel_values)
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
@@ -1046,9 +1018,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
             num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): Number of patches of each image.
 
         Returns:
-            `pooler_output`, a tuple with the features of each image, `(rows, hidden_size)`, its patches first; while
-            compiling, a tuple with the concatenated features of all images. The other fields are the encoder's output
-            for the global views.
+            `pooler_output`, a tuple with each image's features `(rows, hidden_size)`, patches first, or, while
+            compiling, with those of all images as one. The rest is the encoder's output for the global views.
 
         Raises:
             `ValueError`: if an image's shape does not fit, or `num_patches` does not match the images and patches.
@@ -1098,14 +1069,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
-        """
-        Returns the features (rows, hidden_size) of all images, given in one of the supported forms, and the output of
-        `get_image_features` for them.
-
-        Raises:
-            `ValueError`: if images are given in several forms, or do not fit.
-            `TypeError`: if `image_embeds` are not tensors.
-        """
+        """Returns the features (rows, hidden_size) of all images, and the output of `get_image_features` for them.
+        Raises a `ValueError` if images come in several forms or do not fit, a `TypeError` if `image_embeds` are not
+        tensors."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if mm_encoder_outputs and "image" not in mm_encoder_outputs:
             raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
@@ -1132,9 +1098,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.BoolTensor:
-        """
-        Mask of the image tokens, `(batch, tokens)`. Without `input_ids`, compares with the image token's embedding.
-        """
+        """Mask of image tokens, `(batch, tokens)`. Without `input_ids`, compares embeddings with the token's."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -1152,10 +1116,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def insert_features(
         self, inputs_embeds: torch.Tensor, image_token_mask: torch.BoolTensor, features: torch.Tensor
     ) -> torch.Tensor:
-        """
-        Replaces embeddings (batch, tokens, hidden_size) by `features` (rows, hidden_size) where `image_token_mask`
-        (batch, tokens) is true. Raises a `ValueError` if the number of rows differs.
-        """
+        """Replaces embeddings (batch, tokens, hidden_size) by `features` (rows, hidden_size) where `image_token_mask`
+        (batch, tokens) is true. Raises a `ValueError` if the number of rows differs."""
         count, rows, token = image_token_mask.sum(), features.shape[0], self.config.image_token_id
         message = f"image tokens (`image_token_id` {token}), but the pictures give {rows} image features."
         torch_compilable_check(count == rows, lambda: f"The text has {int(count)} {message}")
@@ -1187,8 +1149,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 Output of [`~Step3VLModel.get_image_features`], under `"image"`, instead of `pixel_values`.
 
-        The other arguments are those of [`Step3TextModel`]. Raises a `ValueError` if images are given in several forms,
-        or do not fit.
+        The rest is as in [`Step3TextModel`]. Raises a `ValueError` if images come in several forms or do not fit.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -1240,10 +1201,8 @@ class Step3LanguageModelHead:
             self._tp_plan.pop("lm_head", None)
 
     def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """
-        Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept). Booleans
-        select as a mask. Raises a `ValueError` for other types or shapes, or positions out of range.
-        """
+        """Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept).
+        Booleans select as a mask. Raises a `ValueError` for other types or shapes, or positions out of range."""
         if positions.is_floating_point() or not 0 < positions.ndim < 3:
             raise ValueError(
                 "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
@@ -1468,8 +1427,8 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
 def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
     """
     Checks that all of `condition` holds. With `got`, which describes the values, waits for the device and raises a
-    `ValueError`. Without it, as in a decoding step, does not wait: failure is a `RuntimeError` on a CPU and a
-    device-side assertion on a GPU.
+    `ValueError`. Without it, as in decoding, does not wait: a `RuntimeError` on a CPU, a device-side assertion on a
+    GPU.
     """
     if condition.device.type == "meta":
         return
@@ -1480,19 +1439,14 @@ def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] |
 
 
 def check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    """
-    Checks that `values` (batch, tokens) are at least 0 and below `limit`, without waiting if there is a single token.
-    """
+    """Checks that `values` (batch, tokens) are at least 0 and below `limit`; does not wait for a single token."""
     message = f"`{name}` must lie between 0 and {limit - 1}"
     got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
     check_values((values >= 0) & (values < limit), message, got)
 
 
 def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
-    """
-    Checks that `input_ids` (batch, tokens) are tokens of the vocabulary; raises a `ValueError` for other shapes or
-    types.
-    """
+    """Checks that `input_ids` (batch, tokens) are tokens of the vocabulary, and raises a `ValueError` if not."""
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
         raise ValueError(
             "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
@@ -1582,10 +1536,8 @@ def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
 
 
 def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
-    """
-    Raises a `ValueError` unless the images are square, (images, num_channels, side, side), with a side that is a
-    multiple of `patch_size`.
-    """
+    """Raises a `ValueError` unless they are (images, num_channels, side, side), with a multiple of `patch_size` as
+    side."""
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
         raise ValueError(
@@ -1610,20 +1562,16 @@ def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
 
 
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
-    """
-    Tensor-parallel style of the projection to the single key/value head. Each rank holds it whole and attends to it
-    with its own query heads only.
-    """
+    """Tensor-parallel style of the projection to the single key/value head. Each rank holds it whole and attends to it
+    with its own query heads only."""
 
     def transform_output_post_forward(self, module, output, mesh):
         return _sum_gradients(output, mesh)
 
 
 class SplitExpertsParallel(TensorParallelLayer):
-    """
-    Tensor-parallel style of the experts. Each rank holds some whole experts and runs them on all tokens, and the
-    outputs are summed. Use with `grouped_gemm` for the weights.
-    """
+    """Tensor-parallel style of the experts. Each rank holds some whole experts and runs them on all tokens, and the
+    outputs are summed. Use with `grouped_gemm` for the weights."""
 
     def should_use_local_tensors(self, module):
         return True

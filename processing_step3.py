@@ -644,10 +644,8 @@ class Step3VLImageProcessor(PilBackend):
 
 
 def empty(*shape: int) -> torch.Tensor:
-    """
-    Uninitialised float32 tensor in memory from NumPy, which allocates huge pages. Large images then take a third of the
-    time, most of which the system would spend on allocating small pages.
-    """
+    """Uninitialised float32 tensor in memory from NumPy, which allocates huge pages. Large images then take a third of
+    the time, most of which the system would spend on allocating small pages."""
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
@@ -753,9 +751,7 @@ class Step3VLProcessor(ProcessorMixin):
         return super().apply_chat_template(normalise(conversation), *args, **kwargs)
 
     def parse_response(self, response, schema: dict | None = None, **kwargs):
-        """
-        As for any processor; by default, parses the released format unless the tokenizer has a `response_template`.
-        """
+        """As for any processor; defaults to the released format if the tokenizer has no `response_template`."""
         schema = schema or getattr(self.tokenizer, "response_template", None) or WHOLE_RESPONSE_TEMPLATE
         return super().parse_response(response, schema, **kwargs)
 
