@@ -185,8 +185,7 @@ class Fusible(nn.Module):
 @dataclass(frozen=True)
 class Rewrite:
     """
-    A faster way to compute some modules of a loaded model. `register_rewrite` makes it available to
-    [`~Rewritable.fuse`].
+    A faster way to compute modules of a loaded model, which `register_rewrite` adds to [`~Rewritable.fuse`].
 
     Args:
         name (`str`): Name to pass to `fuse`.
@@ -217,7 +216,7 @@ class Rewritable:
     """Mixin of the models: rewrites the modules of a loaded model."""
 
     def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
-        """Every rewrite with the name of each module it matches and the module, highest benefit first."""
+        """Each rewrite, a matching module's name and the module, for every match, highest benefit first."""
         rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
         return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
 
@@ -306,10 +305,9 @@ def eager_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Computes attention of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads, keys,
-    head_dim), with an additive mask. Query heads that share a key/value head become rows of one matrix product, so that
-    keys and values are not copied for each. The softmax is taken in float32 at least. Returns the output (batch,
-    queries, heads, head_dim) and the probabilities (batch, heads, queries, keys). Raises a `ValueError` if the shapes
-    do not match.
+    head_dim), with an additive mask. Query heads that share a key/value head become rows of one matrix product, without
+    copies of keys and values. The softmax is taken in float32 at least. Returns the output (batch, queries, heads,
+    head_dim) and the probabilities (batch, heads, queries, keys). Raises a `ValueError` if shapes do not match.
     """
     _check_attention_shapes(query, key, value)
     batch_size, num_heads, num_queries, head_dim = query.shape
@@ -329,8 +327,8 @@ def eager_attention_forward(
 
 
 def not_finite(*states: torch.Tensor) -> torch.Tensor:
-    """For each row of the batch, 0, or NaN if its `states` (batch, heads, tokens, head_dim) are not finite, as (batch,
-    1, 1, 1). torch's SDPA on a CPU attends to nothing where scores are NaN, which would hide a broken weight."""
+    """For each row of the batch, 0, or NaN if any of its `states` (batch, heads, tokens, head_dim) is not finite;
+    (batch, 1, 1, 1). torch's CPU SDPA attends to nothing where scores are NaN, which would hide a broken weight."""
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     total = sum(state.sum((1, 2, 3), keepdim=True, dtype=dtype) for state in states)
     return (total * 0).to(states[0].dtype)
@@ -339,8 +337,8 @@ def not_finite(*states: torch.Tensor) -> torch.Tensor:
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
-    key/value head become its query rows. For more tokens, keys and values are expanded: a view if there is one such
-    head.
+    key/value head become its query rows. For more tokens, keys and values are expanded, as a view if that head is the
+    only one.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
@@ -1069,9 +1067,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
-        """Returns the features (rows, hidden_size) of all images, and the output of `get_image_features` for them.
-        Raises a `ValueError` if images come in several forms or do not fit, a `TypeError` if `image_embeds` are not
-        tensors."""
+        """Features (rows, hidden_size) of all images, and `get_image_features`' output for them. Raises a `ValueError`
+        if images come in several forms or do not fit, a `TypeError` if `image_embeds` are not tensors."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if mm_encoder_outputs and "image" not in mm_encoder_outputs:
             raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
@@ -1427,8 +1424,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
 def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
     """
     Checks that all of `condition` holds. With `got`, which describes the values, waits for the device and raises a
-    `ValueError`. Without it, as in decoding, does not wait: a `RuntimeError` on a CPU, a device-side assertion on a
-    GPU.
+    `ValueError`. Without it, does not wait: failure is a `RuntimeError` on a CPU, a device-side assertion on a GPU.
     """
     if condition.device.type == "meta":
         return
@@ -1446,7 +1442,7 @@ def check_range(name: str, values: torch.Tensor, limit: int) -> None:
 
 
 def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
-    """Checks that `input_ids` (batch, tokens) are tokens of the vocabulary, and raises a `ValueError` if not."""
+    """Checks the shape (batch, tokens) and dtype of `input_ids`, and that they are in the vocabulary."""
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
         raise ValueError(
             "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
@@ -1536,8 +1532,7 @@ def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
 
 
 def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
-    """Raises a `ValueError` unless they are (images, num_channels, side, side), with a multiple of `patch_size` as
-    side."""
+    """Raises a `ValueError` unless the images (images, num_channels, side, side) split into whole patches."""
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
         raise ValueError(
