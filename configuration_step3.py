@@ -409,9 +409,8 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     Configuration of [`Step3VLModel`] and [`Step3VLForConditionalGeneration`].
 
     Args:
-        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): Vision encoder; defaults to the released
-        one.
-        text_config (`dict` or [`Step3TextConfig`], *optional*): Text decoder; defaults to the released one.
+        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): Vision encoder; by default the released.
+        text_config (`dict` or [`Step3TextConfig`], *optional*): Text decoder; by default the released.
         understand_projector_stride (`int`, defaults to 2): Stride of the first downsampling convolution.
         projector_bias (`bool`, defaults to `False`): Whether the projection to the decoder's width has a bias.
         image_token_id (`int`, defaults to 128001): Id of `<im_patch>`, whose embeddings are replaced by image features.

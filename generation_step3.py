@@ -277,7 +277,7 @@ class Step3GenerationMixin(GenerationMixin):
         return prompt
 
     def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
-        """Returns both with a limit within the positions and cache left. Raises a `ValueError` if none are left."""
+        """Limits new tokens to the positions and cache that are left; raises a `ValueError` if none are."""
         settings = generation_config or self.generation_config
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((given for given in candidates if given is not None), None)

@@ -337,8 +337,7 @@ def not_finite(*states: torch.Tensor) -> torch.Tensor:
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
-    key/value head become its query rows. For more tokens, keys and values are expanded, as a view if that head is the
-    only one.
+    key/value head become its rows. For more tokens, keys and values are expanded, as a view if there is one head.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
