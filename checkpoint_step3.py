@@ -42,11 +42,11 @@ EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 
 
 class MergeExperts(MergeModulelist):
-    """Stacks the weights of experts that were saved one by one. They are saved as the release has them: stacked."""
+    """Stacks expert weights that were saved one by one. Saving keeps them stacked, as in the release."""
 
     def convert(self, input_dict, *args, full_layer_name: str, model: PreTrainedModel, **kwargs):
         """
-        As for any list of modules; what is stacked already, as in saving, stays as it is.
+        Stacks the experts' weights. Weights that are already stacked, as when saving, stay as they are.
 
         Raises:
             `ValueError`: if there are more or fewer experts than the model has.
@@ -126,7 +126,7 @@ STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scal
 
 
 def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights, with those of all experts as views of single ones, under their names."""
+    """Splits stacked expert weights and scales into views, one per expert, under the experts' own names."""
     single = {}
     for name, weight in weights.items():
         if match := STACKED_EXPERTS.fullmatch(name):
@@ -142,8 +142,8 @@ def converts_experts(transform) -> bool:
 
 def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
     """
-    The same scales for smaller blocks, all of one size, as transformers takes them: the last blocks of `weight`
-    (..., rows, columns) may hold fewer rows and columns than `block_size`.
+    Repeats the scales for smaller blocks of equal size, which transformers requires: the last blocks of `weight` (...,
+    rows, columns) may have fewer rows and columns than `block_size`.
     """
     for dim, size in ((-2, block_size[0]), (-1, block_size[1])):
         smaller = math.gcd(size, weight.shape[dim])
@@ -153,8 +153,8 @@ def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[i
 
 def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
     """
-    Takes back the fp8 modules of `model` that have no scales among `names`, a checkpoint's: they are not fp8 there.
-    transformers goes by a list in the config, and what is known of the release's config has none.
+    Replaces fp8 modules of `model` by plain ones if the checkpoint has no scales for them among its `names`.
+    transformers decides by a list in the config, which the released config is not known to have.
 
     Raises:
         `ValueError`: if the blocks of stacked fp8 experts do not divide them.
@@ -180,8 +180,8 @@ def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_con
 
 class LinearExperts(nn.ModuleList):
     """
-    The routed experts as gated MLPs of linear layers, the experts implementation `"linear"`: what quantisers and
-    adapters that know `nn.Linear` alone can reach. Which of them have tokens is asked of the device in each layer.
+    Routed experts as gated MLPs of `nn.Linear` layers: the experts implementation `"linear"`. It is for quantisers and
+    adapters that support only `nn.Linear`. Each layer waits for the device to learn which experts have tokens.
     """
 
     def __init__(self, config, expert: Callable[[Any, int], nn.Module]):
@@ -190,7 +190,7 @@ class LinearExperts(nn.ModuleList):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """From `hidden_states` (tokens, hidden_size), the chosen experts and their weights, both (tokens, top_k)."""
+        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
         output = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == number)
@@ -205,10 +205,10 @@ def has_linear_experts(model: nn.Module) -> bool:
 
 def refuse_other_adapters(model: nn.Module, keys) -> None:
     """
-    Looks at the `unexpected_keys` of what was loaded into a model.
+    Checks the `unexpected_keys` of an adapter that was loaded into the model.
 
     Raises:
-        `ValueError`: if they are of adapters for experts that are built in another way than the model's.
+        `ValueError`: if they belong to adapters for experts that are built differently from the model's.
     """
     if getattr(model, "peft_config", None) and any(".moe." in name for name in keys.unexpected_keys):
         implementation = "eager" if has_linear_experts(model) else "linear"
@@ -219,7 +219,7 @@ def refuse_other_adapters(model: nn.Module, keys) -> None:
 
 
 def wants_linear_experts(config) -> bool:
-    """Whether the config asks for a quantisation of `nn.Linear` alone: any but block-fp8, which has stacked experts."""
+    """Whether the config's quantisation supports only `nn.Linear`: any method but fp8, which has stacked experts."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return False
@@ -228,7 +228,7 @@ def wants_linear_experts(config) -> bool:
 
 
 class Step3Checkpoint:
-    """Mixin of the models: what loading and saving a checkpoint of Step3 takes beyond any other model's."""
+    """Mixin of the models: loads and saves what is special to Step3 checkpoints."""
 
     # Patterns of weights to ignore when loading a part of the model from a whole model's directory. transformers'
     # own attribute would also apply to models that contain this one.
@@ -243,10 +243,10 @@ class Step3Checkpoint:
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """
-        As for any model; experts are linear layers, or not, from the beginning.
+        As for any model. `"linear"` can only be chosen when the model is loaded.
 
         Raises:
-            `ValueError`: if an existing model's are to become so, or to be so no longer.
+            `ValueError`: if an existing model would have to change to or from `"linear"`.
         """
         is_linear = requested_experts == "linear"
         is_built = any(hasattr(module, "experts") for module in self.modules())
@@ -267,7 +267,7 @@ class Step3Checkpoint:
         As for any model.
 
         Raises:
-            `ValueError`: if weights of experts are in a quantised form of which the config says nothing.
+            `ValueError`: if expert weights are quantised in a format that the config does not describe.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # One by one, or, as older releases report them, by the stacked weight's name.
@@ -282,14 +282,17 @@ class Step3Checkpoint:
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
-        What `from_pretrained` reads weights with. Converters read all but two kinds of models. Those of linear experts
-        take a stacked weight apart: a mapping is found by class, which does not tell, and transformers would read the
-        weight whole before it quantises an expert. Block-fp8 that is dequantised must have its scales, and in blocks of
-        one size, neither of which transformers checks; and experts one by one take less memory there, too.
+        Loads the weights for `from_pretrained`. The registered conversions are enough except in two cases:
+
+        Linear experts need stacked weights split. Conversions are registered by class, which is the same for both kinds
+        of experts, and transformers would read a stacked weight whole before quantising one expert.
+
+        Block fp8 needs its scales and, to be dequantised, blocks of one size; transformers checks neither. Dequantising
+        also splits stacked experts, which takes less memory.
 
         Raises:
-            `ValueError`: if fp8 weights have no scales, or blocks that stacked experts cannot keep, or if linear
-            experts are to be split over ranks.
+            `ValueError`: if fp8 weights have no scales, if their blocks do not divide stacked experts, or if linear
+            experts would be split over ranks.
         """
         quantizer, is_linear = load_config.hf_quantizer, has_linear_experts(model)
         settings = getattr(quantizer, "quantization_config", None)
@@ -333,7 +336,7 @@ class Step3Checkpoint:
         As for any model.
 
         Raises:
-            `ValueError`: if the adapter is for experts that are built in another way.
+            `ValueError`: if the adapter is for experts that are built differently.
         """
         info = super().load_adapter(*args, **kwargs)
         refuse_other_adapters(self, info)
@@ -346,7 +349,7 @@ class Step3Checkpoint:
         As for any model.
 
         Raises:
-            `ValueError`: if a token that the config names would no longer be in the vocabulary.
+            `ValueError`: if the new vocabulary would not contain `image_token_id` or `pad_token_id`.
         """
         if new_num_tokens is not None:
             vocab_size = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
@@ -356,7 +359,7 @@ class Step3Checkpoint:
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False):
-        """As for any module, and from a state dict with the names on disk, which `Trainer` resumes from."""
+        """As for any module. Also accepts the names on disk, which `Trainer` uses to resume."""
         if assign:  # replaces fused weights
             self.unfuse()
         transforms = get_model_conversion_mapping(self, add_legacy=False)

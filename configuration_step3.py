@@ -26,14 +26,14 @@ from transformers.utils.type_validators import activation_fn_key, interval, prob
 
 
 def cache_name() -> str:
-    """5.24: what `generate`, the masks and the outputs call a cache; `past_key_values` before."""
+    """The name of the cache in `generate`, masks and outputs: `cache` since 5.24, `past_key_values` before."""
     from transformers.masking_utils import create_causal_mask
 
     return "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def gathers_uneven_outputs() -> bool:
-    """5.21: an output that ranks make parts of is gathered whatever its width; before, the ranks must divide it."""
+    """5.21 gathers outputs that are split over ranks at any width; before, the ranks must divide it."""
     from transformers.distributed.tensor_parallel import ColwiseParallel
 
     return "validate_param" not in vars(ColwiseParallel)
@@ -74,8 +74,8 @@ STEP3_VL_AUTO_MAP = {
 
 def set_on_package(module_name: str):
     """
-    Makes a module an attribute of its package, as `import` does. transformers' loader of remote code does not, and
-    dill, which looks for classes there, would pickle them whole: `datasets.map` would hash them for minutes.
+    Sets a module as an attribute of its package, as `import` does but transformers' remote-code loader does not. dill
+    looks up classes there; without it, it pickles them whole, and `datasets.map` takes minutes to hash them.
     """
     package, _, name = module_name.rpartition(".")
     if package:
@@ -84,15 +84,15 @@ def set_on_package(module_name: str):
 
 def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
     """
-    Image tokens of a square picture of `side` pixels: the encoder's grid of patches, downsampled by a 2×2 convolution
-    of this `stride` and a 3×3 convolution of stride 2 and padding 1. 169 at 728 pixels, 81 at 504.
+    Number of image tokens for a square image of `side` pixels: 169 at 728 pixels, 81 at 504. The encoder's patch grid
+    is downsampled by a 2×2 convolution with `stride` and a 3×3 convolution with stride 2 and padding 1.
     """
     grid = (side // patch_size - 2) // stride + 1
     return ((grid - 1) // 2 + 1) ** 2
 
 
 class Step3SavedWithCode:
-    """Mixin of the configurations: a directory they are saved in names, for every Auto class, the code it carries."""
+    """Mixin of the configurations. Saving points the Auto classes in `auto_map` to the code in the saved directory."""
 
     carried_auto_map = {}
 
@@ -124,17 +124,17 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
         intermediate_size (`int`, defaults to 15360): Width inside each MLP.
         output_hidden_size (`int`, defaults to 4096): Channels after the first downsampling convolution.
         num_hidden_layers (`int`, defaults to 63): Number of layers.
-        num_attention_heads (`int`, defaults to 16): Number of attention heads; divides `hidden_size`.
-        num_channels (`int`, defaults to 3): Channels of a picture.
-        image_size (`int`, defaults to 728): Side in pixels of the pictures that the positions were trained on.
-        patch_size (`int`, defaults to 14): Side of a patch in pixels; divides `image_size`.
+        num_attention_heads (`int`, defaults to 16): Number of attention heads; must divide `hidden_size`.
+        num_channels (`int`, defaults to 3): Number of image channels.
+        image_size (`int`, defaults to 728): Image side in pixels that the position embeddings were trained on.
+        patch_size (`int`, defaults to 14): Side of a patch in pixels; must divide `image_size`.
         hidden_act (`str`, defaults to `"quick_gelu"`): Activation of the MLPs.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
-        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities during training.
+        initializer_range (`float`, defaults to 0.02): Standard deviation for initialising weights.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type or lies out of range.
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type or is out of range.
     """
 
     model_type = "step3_vision_encoder"
@@ -155,7 +155,7 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     initializer_range: float = nonnegative(default=0.02)
 
     def validate_architecture(self):
-        """Checks that heads and patches divide what they split."""
+        """Checks that `num_attention_heads` divides `hidden_size`, and `patch_size` divides `image_size`."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for "
@@ -173,45 +173,45 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     Configuration of [`Step3TextModel`] and [`Step3TextForCausalLM`].
 
     Args:
-        vocab_size (`int`, defaults to 128815): Number of tokens.
+        vocab_size (`int`, defaults to 128815): Number of tokens in the vocabulary.
         hidden_size (`int`, defaults to 7168): Width of the decoder.
         intermediate_size (`int`, defaults to 18432): Width inside the MLP of a dense layer.
         num_hidden_layers (`int`, defaults to 61): Number of layers.
         num_attention_heads (`int`, defaults to 64): Number of query heads.
         num_attention_groups (`int`, defaults to 1):
-            Number of key/value heads; divides `num_attention_heads`. Step3 shares one among all query heads, and the
-            serving engines take no other number.
-        head_dim (`int`, defaults to 256): Width of a head; even, as rotary embedding turns pairs of channels.
+            Number of key/value heads; must divide `num_attention_heads`. In Step3, all query heads share one; serving
+            engines support no other number.
+        head_dim (`int`, defaults to 256): Width of a head; must be even for rotary embedding.
         share_q_dim (`int`, defaults to 2048): Rank of the query projection.
-        max_position_embedding (`int`, defaults to 65536): Longest sequence, in tokens.
-        max_seq_len (`int`, defaults to 65536): The released config's second name for it; kept, not used.
+        max_position_embedding (`int`, defaults to 65536): Maximum sequence length in tokens.
+        max_seq_len (`int`, defaults to 65536): Second name for it in the released config; kept but not used.
         rms_norm_eps (`float`, defaults to 1e-5): Epsilon of the RMS norms.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLPs and experts.
-        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities, in training only.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities during training.
         moe_layers_enum (`str`, `list[int]` or `tuple[int]`, *optional*):
-            Indices of the layers with routed experts, as numbers or as text such as `"4,5,6"`; kept as text, which is
-            what the serving engines read. `None` and `""` mean every layer but the first, and are written out so. Left
-            out, it is `"4,5,…,59"` at the released depth of 61 layers, and every layer but the first at any other.
+            Indices of the MoE layers, as numbers or as text such as `"4,5,6"`. Stored as text, which serving engines
+            read. `None` and `""` mean every layer but the first, and are stored as that list. The default is
+            `"4,5,…,59"` for the released 61 layers, and every layer but the first for any other number.
         use_moe (`bool`, defaults to `True`):
-            Whether there are such layers at all. If not, `moe_layers_enum` is `"-1"`, which the serving engines read as
-            no layer of the model; they do not know this field.
-        moe_num_experts (`int`, defaults to 48): Routed experts in such a layer.
-        moe_top_k (`int`, defaults to 3): Experts that a token is routed to.
+            Whether the model has MoE layers. If not, `moe_layers_enum` becomes `"-1"`: serving engines do not know this
+            field, and read `"-1"` as no layer.
+        moe_num_experts (`int`, defaults to 48): Number of routed experts in an MoE layer.
+        moe_top_k (`int`, defaults to 3): Number of experts that each token is routed to.
         moe_intermediate_size (`int`, defaults to 5120): Width inside a routed expert.
-        share_expert_dim (`int`, defaults to 5120): Width inside the expert that sees every token.
-        norm_expert_weight (`bool`, defaults to `False`): Whether a token's expert weights are divided by their sum.
+        share_expert_dim (`int`, defaults to 5120): Width inside the shared expert.
+        norm_expert_weight (`bool`, defaults to `False`): Whether to divide a token's expert weights by their sum.
         output_router_logits (`bool`, defaults to `False`): Whether to return router logits and the load-balancing loss.
-        router_aux_loss_coef (`float`, defaults to 0.0): Weight of the load-balancing loss in the loss.
+        router_aux_loss_coef (`float`, defaults to 0.0): Coefficient of the load-balancing loss.
         rope_parameters (`dict`, *optional*):
-            Rotary embedding: `rope_type`, `rope_theta` (500000 unless given) and what the type needs. The released
-            spelling, `rope_theta` beside `rope_scaling`, is read as well.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly drawn weights.
+            Rotary embedding: `rope_type`, `rope_theta` (defaults to 500000) and the parameters of that type. The
+            released format, separate `rope_theta` and `rope_scaling`, also works.
+        initializer_range (`float`, defaults to 0.02): Standard deviation for initialising weights.
         use_cache (`bool`, defaults to `True`): Whether to return the key/value cache.
-        tie_word_embeddings (`bool`, defaults to `False`): Whether input and output embeddings are one tensor.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether to tie input and output embeddings.
         pad_token_id, bos_token_id, eos_token_id (*optional*): Special tokens.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, lies out of range or contradicts
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, is out of range or contradicts
         another.
     """
 
@@ -307,7 +307,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """Out of a whole model's config, the text part knows the weights' type and quantisation, and what is tied."""
+        """Also copies dtype, quantisation and tying from a whole model's config to its `text_config`."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if isinstance(text_config := config_dict.get(cls.base_config_key), dict):
             shared = ("quantization_config", "dtype", "torch_dtype")
@@ -323,7 +323,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         return not (entries.strip() if isinstance(entries, str) else entries)
 
     def _layers_as_text(self) -> str:
-        """`moe_layers_enum` as the serving engines read it, whatever form it has."""
+        """`moe_layers_enum` in the text form that serving engines read."""
         entries = self.moe_layers_enum
         if not self.use_moe:
             return "-1"
@@ -333,21 +333,21 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Indices of the layers with routed experts, in ascending order."""
+        """Indices of the MoE layers, in ascending order."""
         if not self.use_moe or (self._has_no_layers_listed() and self.num_hidden_layers == 1):
             return []
         return sorted({int(entry) for entry in self._layers_as_text().split(",")})
 
     @property
     def longest_sequence(self) -> int | None:
-        """Tokens that there are positions for, rotary scaling counted in; `None` where it adapts to any length."""
+        """Maximum sequence length with rotary scaling; `None` for dynamic scaling, which has no limit."""
         if self.rope_parameters["rope_type"] == "dynamic":
             return None
         original = self.rope_parameters.get("original_max_position_embeddings") or self.max_position_embedding
         return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
 
     def validate_architecture(self):
-        """Checks that heads, experts and layer indices agree."""
+        """Checks attention heads, `pad_token_id`, experts and MoE layer indices."""
         if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
                 "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
@@ -377,7 +377,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             )
 
     def validate_rope(self):
-        """Checks the rotary embedding's type, its numbers and what else the type needs."""
+        """Checks the rotary embedding's type, its numbers and its required parameters."""
         rope_type = self.rope_parameters.get("rope_type")
         known = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default")]
         if rope_type not in known:
@@ -394,7 +394,7 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             raise ValueError(error.args[0]) from None
 
     def to_dict(self) -> dict:
-        """As a dictionary for `config.json`, with the two rotary keys that engines of the released config look for."""
+        """Adds `rope_theta` and `rope_scaling`, which engines read from the released config."""
         output = super().to_dict()
         rope_parameters = output["rope_parameters"]
         output["rope_theta"] = rope_parameters["rope_theta"]
@@ -409,17 +409,17 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     Configuration of [`Step3VLModel`] and [`Step3VLForConditionalGeneration`].
 
     Args:
-        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): The vision encoder; released if left out.
-        text_config (`dict` or [`Step3TextConfig`], *optional*): The text decoder; released if left out.
+        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): Vision encoder; by default the released.
+        text_config (`dict` or [`Step3TextConfig`], *optional*): Text decoder; by default the released.
         understand_projector_stride (`int`, defaults to 2): Stride of the first downsampling convolution.
         projector_bias (`bool`, defaults to `False`): Whether the projection to the decoder's width has a bias.
-        image_token_id (`int`, defaults to 128001): The token, `<im_patch>`, whose embeddings image features replace.
+        image_token_id (`int`, defaults to 128001): Id of `<im_patch>`, whose embeddings are replaced by image features.
         tie_word_embeddings (`bool`, defaults to `False`):
-            Whether input and output embeddings are one tensor. It is the text decoder's setting, which either config
-            may bring and both show.
+            Whether to tie input and output embeddings. This is the text decoder's setting; it can be given in either
+            config and reads the same in both.
 
     Raises:
-        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, lies out of range or contradicts
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, is out of range or contradicts
         another.
 
     Example:
@@ -477,7 +477,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 
     @staticmethod
     def _name_architecture(text_config: dict) -> None:
-        """vLLM makes the text part of a whole model from this entry, and asks for it."""
+        """Sets `architectures` if missing; vLLM needs it to build the text decoder of a whole model."""
         text_config["architectures"] = text_config.get("architectures") or ["Step3TextForCausalLM"]
 
     def __setattr__(self, key, value):
@@ -494,14 +494,14 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         return super().__getattribute__(key)
 
     def to_dict(self) -> dict:
-        """As a dictionary for `config.json`, in which both levels agree."""
+        """Fills in `tie_word_embeddings`, as the text decoder has it, and the text decoder's `architectures`."""
         output = super().to_dict()
         output["tie_word_embeddings"] = self.tie_word_embeddings
         self._name_architecture(output["text_config"])
         return output
 
     def validate_architecture(self):
-        """Checks the parts' types and the image token."""
+        """Checks the types of both sub-configs, and `image_token_id`."""
         for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
             part = getattr(self, name)
             if part.model_type != config_class.model_type:

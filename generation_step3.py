@@ -27,11 +27,11 @@ CACHE_NAME = cache_name()
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
     """
-    The cache, whether it was given by its name or by the older one, `past_key_values`.
+    Returns the cache, given as `cache` or by its older name `past_key_values`.
 
     Raises:
-        `ValueError`: if it was given by both.
-        `TypeError`: if `others`, the arguments that a model ignores, hold a cache: under a third name.
+        `ValueError`: if both are given.
+        `TypeError`: if `others`, the arguments that the model ignores, contain a cache under a third name.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
@@ -45,12 +45,12 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mappin
 
 @functools.cache
 def parameters_of(function: Callable) -> set[str]:
-    """The names of a function's parameters."""
+    """Names of a function's parameters."""
     return set(inspect.signature(function).parameters)
 
 
 class BoundedLayer(DynamicLayer):
-    """One layer's keys and values of the newest tokens. Those that were dropped still count as positions."""
+    """Cache layer that can drop its oldest tokens. Dropped tokens still count as positions."""
 
     num_dropped = 0
 
@@ -65,7 +65,7 @@ class BoundedLayer(DynamicLayer):
         return self.num_held + query_length, self.num_dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As for a dynamic layer. Raises a `ValueError` if tokens would have to be removed that were dropped."""
+        """As in a dynamic layer. Raises a `ValueError` if this would have to remove dropped tokens."""
         count = -tokens_to_remove if tokens_to_remove <= 0 else self.get_seq_length() - tokens_to_remove
         if count > self.num_held:
             raise ValueError(f"{count} tokens cannot be removed: {self.num_held} are held, the others were dropped.")
@@ -78,18 +78,18 @@ class BoundedLayer(DynamicLayer):
 
 class Step3BoundedCache(Cache):
     """
-    A dynamic cache of at most `max_length` tokens. It can drop its oldest tokens while positions go on counting, so
-    that a long conversation goes on.
+    Dynamic cache of at most `max_length` tokens. It can drop its oldest tokens while positions keep counting, so that a
+    long conversation can continue.
 
     Args:
         config ([`Step3VLConfig`] or [`Step3TextConfig`]): Config of the model.
-        max_length (`int`): Most tokens that it holds.
+        max_length (`int`): Maximum number of tokens in the cache.
         keep (`int`, *optional*):
-            Keep the newest `keep` tokens, and drop the others, whenever there is no room for new ones. Without it,
-            `generate` stops when the cache is full.
+            How many of the newest tokens to keep when there is no room for new ones; older tokens are dropped. Without
+            it, `generate` stops when the cache is full.
 
     Raises:
-        `ValueError`: if `max_length` is below 1, or `keep` does not lie between 1 and `max_length - 1`.
+        `ValueError`: if `max_length` is below 1, or `keep` is not between 1 and `max_length - 1`.
     """
 
     def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int, keep: int | None = None):
@@ -101,7 +101,7 @@ class Step3BoundedCache(Cache):
         self.max_length, self.keep = max_length, keep
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """The position that it ends at, dropped tokens counted in; -1 if it makes room by itself."""
+        """Sequence length, including dropped tokens, at which the cache is full; -1 if it drops tokens itself."""
         return -1 if self.keep is not None else self.layers[layer_idx or 0].num_dropped + self.max_length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -109,7 +109,7 @@ class Step3BoundedCache(Cache):
         As in any cache.
 
         Raises:
-            `ValueError`: if there is no such layer, or no room in it for all new tokens.
+            `ValueError`: if the layer does not exist or has no room for all new tokens.
         """
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(f"`layer_idx` must lie between 0 and {len(self.layers) - 1}, got {layer_idx}.")
@@ -120,7 +120,7 @@ class Step3BoundedCache(Cache):
 
     def reclaim(self, num_tokens: int) -> None:
         """
-        Keeps the newest `num_tokens`, or all if there are fewer, and frees the memory of the others.
+        Drops all but the newest `num_tokens` tokens and frees their memory.
 
         Raises:
             `ValueError`: if `num_tokens` is below 1.
@@ -134,21 +134,21 @@ class Step3BoundedCache(Cache):
                 layer.num_dropped += num_dropped
 
     def make_room(self, num_tokens: int) -> None:
-        """Drops the oldest tokens if there is no room for `num_tokens` new ones and `keep` allows it."""
+        """Drops the oldest tokens if `keep` is set and `num_tokens` new ones, fewer than `max_length`, do not fit."""
         room = self.max_length - num_tokens
         if self.keep is not None and 0 < room < self.layers[0].num_held:
             self.reclaim(min(self.keep, room))
 
 
 def max_length_of(cache: Cache | None) -> int:
-    """The most tokens that a cache holds, or -1 if it holds any number."""
+    """Maximum length of a cache, or -1 if it is unlimited."""
     return cache.get_max_length() if isinstance(cache, Cache) and cache.layers else -1
 
 
 class SuppressImageTokens(LogitsProcessor):
     """
-    Makes image tokens impossible. transformers' own processor would take the place of a request's `suppress_tokens`,
-    and asks for a device, which is `meta` for a model whose first weight is offloaded.
+    Sets the score of the image token to -inf. transformers' own processor would replace the request's
+    `suppress_tokens`, and needs a device, which is `meta` if the model's first weight is offloaded.
     """
 
     def __init__(self, image_token_id: int):
@@ -161,8 +161,8 @@ class SuppressImageTokens(LogitsProcessor):
 
 
 class CheckFinite(LogitsProcessor):
-    """Remembers whether all logits were finite, without waiting for the device. On a CPU it checks them at once. What a
-    request's `sequence_bias` makes infinite is none of it."""
+    """Records whether any logit is NaN or +inf, without waiting for the device; on a CPU, checks at once. With a
+    `sequence_bias`, which may add infinities, looks for NaN only."""
 
     def __init__(self, model: PreTrainedModel, has_bias: bool):
         self.model, self.has_bias, self.is_finite = model, has_bias, True
@@ -175,7 +175,7 @@ class CheckFinite(LogitsProcessor):
         return scores
 
     def check(self) -> None:
-        """Raises a `RuntimeError` that names the weights that are not finite, if any logit was not."""
+        """Raises a `RuntimeError` if any logit was not finite, and names the weights that are not."""
         if self.is_finite:
             return
         weights = ((name, weight) for name, weight in self.model.named_parameters() if weight.device.type != "meta")
@@ -191,8 +191,8 @@ class CheckFinite(LogitsProcessor):
 
 class Step3GenerationMixin(GenerationMixin):
     """
-    Generation for the models with a language-model head. A prompt's pictures are encoded once and put into its
-    embeddings, which `generate` repeats, cuts into chunks and continues row by row, as it does with tokens.
+    Generation for the models with a language-model head. The images of a prompt are encoded once and inserted into its
+    embeddings, which `generate` then repeats and slices like token ids.
     """
 
     _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
@@ -200,11 +200,11 @@ class Step3GenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """
-        As for any model; the cache may be given as `cache` or `past_key_values`, whatever the release calls it. No
-        image token is generated. An answer ends, with a warning, where the positions or the cache end.
+        As for any model. The cache may be given as `cache` or `past_key_values` in any release. Models that take images
+        generate no image tokens. An answer ends, with a warning, where positions or cache run out.
 
         Raises:
-            `ValueError`: if pictures do not fit the prompt, or the prompt leaves no room for a single token.
+            `ValueError`: if images do not match the prompt, or the prompt leaves no room for a new token.
             `RuntimeError`: if the logits are not finite.
         """
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
@@ -230,12 +230,14 @@ class Step3GenerationMixin(GenerationMixin):
         self, pictures: dict, input_ids: torch.LongTensor | None, cache: Cache | None, arguments: dict
     ) -> dict[str, torch.Tensor]:
         """
-        What stands for the `pictures` in the arguments of `generate`: `prompt_embeds` (batch, tokens so far,
-        hidden_size), the embeddings of the prompt with its pictures, and the same of an assistant, which sees them for
-        itself; or `inputs_embeds`, if the prompt is given so.
+        Encodes images and returns the arguments of `generate` that replace them; none without images. These are
+        `prompt_embeds` (batch, tokens so far, hidden_size), the prompt's embeddings with image features inserted, and,
+        if there is an assistant, `assistant_prompt_embeds`, for which it encodes the images itself. If the prompt was
+        given as `inputs_embeds`, only that is returned.
 
         Raises:
-            `ValueError`: if the pictures fit neither all image tokens nor those that the cache does not hold.
+            `ValueError`: if the image features match neither all image tokens nor those that are not cached, if there
+            are images without a prompt, or if an assistant does not take images.
         """
         if "prompt_embeds" in arguments:  # an assistant, or a model that assists itself
             return {"prompt_embeds": arguments.get("assistant_prompt_embeds", arguments["prompt_embeds"])}
@@ -275,7 +277,7 @@ class Step3GenerationMixin(GenerationMixin):
         return prompt
 
     def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
-        """`generation_config` and `kwargs` for an answer that ends where the positions or the cache end."""
+        """Limits new tokens to the positions and cache that are left; raises a `ValueError` if none are."""
         settings = generation_config or self.generation_config
         candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         prompt = next((given for given in candidates if given is not None), None)
@@ -327,11 +329,11 @@ class Step3GenerationMixin(GenerationMixin):
         **kwargs,
     ) -> dict:
         """
-        As for any model; tokens of the prompt come as `prompt_embeds` if there are any. Outside `generate`, pictures
-        are passed on with the first tokens only.
+        As for any model, but takes the prompt's tokens from `prompt_embeds` if given. Outside `generate`, images are
+        passed on in the first iteration only, unless `use_cache` is false.
 
         Raises:
-            `TypeError`: if this release of transformers calls what it passes on by names that this model does not know.
+            `TypeError`: if this transformers release uses argument names that the model does not know.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):

@@ -67,7 +67,7 @@ logger = logging.get_logger(__name__)
 
 
 def obstacle_of(layer: nn.Module) -> str | None:
-    """What keeps a linear layer's weight from being used without calling the layer, or `None`."""
+    """Why a linear layer must be called rather than its weight used directly, or `None` if it need not be."""
     if type(layer) is not nn.Linear or layer.bias is not None:
         return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
     if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
@@ -79,13 +79,13 @@ def obstacle_of(layer: nn.Module) -> str | None:
 
 def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Products of `states` (rows, inputs) with a `weight` (outputs, inputs), or of each row with that of its expert, one
-    of `experts` (rows,), in a `weight` (experts, outputs, inputs). They are written as sums, of which the compiler
-    makes kernels that read weights without a copy. Returns (rows, outputs), in float32 at least.
+    Multiplies `states` (rows, inputs) by a `weight` (outputs, inputs). With `experts` (rows,), multiplies each row by
+    its expert's weight, from a `weight` (experts, outputs, inputs). Products are written as sums, which the compiler
+    turns into kernels that read weights without copying them. Returns (rows, outputs), in float32 at least.
 
-    Four parts of the outputs are computed together, because a CPU reads memory fastest in several streams. Each part
-    processes 128 output rows at a time so that an expert's weights stay in cache for all its rows of `states`. Sums are
-    split, because the compiler makes those of more than 4,096 numbers half as fast.
+    On a CPU, four parts of the outputs are computed together, because it reads memory fastest in several streams. Each
+    part processes up to 128 output rows at a time, so that an expert's weights stay in cache for all its rows of
+    `states`. Sums of more than 4,096 numbers are split, because the compiler makes such sums half as fast.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if experts is None:
@@ -102,8 +102,8 @@ def sum_products(weight: torch.Tensor, states: torch.Tensor, experts: torch.Tens
 
 
 def multiply(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """`nn.functional.linear`; but a single row that is compiled for a CPU takes `sum_products`, which reads the weight
-    at twice the speed."""
+    """`nn.functional.linear`, except that a single row compiled for a CPU uses `sum_products`, which reads the weight
+    twice as fast."""
     is_single = states.device.type == "cpu" and states.numel() == states.shape[-1]
     is_compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     if not (is_single and is_compiled) or weight.dtype != states.dtype:
@@ -112,15 +112,15 @@ def multiply(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """A linear layer's output for `states` (..., inputs), by `multiply` where the layer need not be called."""
+    """A linear layer's output for `states` (..., inputs). While compiling, uses `multiply` where possible."""
     if not torch.compiler.is_compiling() or obstacle_of(layer) is not None:
         return layer(states)
     return multiply(layer.weight, states)
 
 
 class FusedWeight:
-    """The weights of linear layers one below the other, (all outputs, inputs). The layers' own weights become views of
-    it, so that they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
+    """The weights of linear layers, concatenated to one of shape (all outputs, inputs). The layers' own weights become
+    views of it, so they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
 
     @torch.no_grad()
     def __init__(self, layers: list[nn.Linear]):
@@ -131,7 +131,7 @@ class FusedWeight:
             part.data = rows
 
     def is_current(self, layers: list[nn.Module]) -> bool:
-        """Whether the layers still have the weights that were fused, and can do without being called."""
+        """Whether the layers still have the fused weights and need not be called."""
         if any(obstacle_of(x) or x.weight is not part for x, part in zip(layers, self.parts, strict=True)):
             return False
         return torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr()
@@ -144,13 +144,13 @@ class FusedWeight:
 
 
 class Fusible(nn.Module):
-    """A module with linear layers that have the same input, which [`~Rewritable.fuse`] computes as one."""
+    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one."""
 
     fused: FusedWeight | None = None
     fusible: tuple[str, ...] = ()
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The outputs of the layers that are named in `fusible`. Gradients are those of the layers one by one."""
+        """Outputs of the layers named in `fusible`. With gradients enabled, each layer is computed separately."""
         layers = [getattr(self, name) for name in self.fusible]
         if self.fused is None or torch.is_grad_enabled() or not self.fused.is_current(layers):
             return tuple(apply_linear(layer, states) for layer in layers)
@@ -166,7 +166,7 @@ class Fusible(nn.Module):
         self.fused = None
 
     def obstacle(self) -> str | None:
-        """Why its layers cannot be fused, or `None` if they can."""
+        """Why the layers cannot be fused, or `None` if they can."""
         layers = {name: getattr(self, name) for name in self.fusible}
         for name, layer in layers.items():
             if (obstacle := obstacle_of(layer)) is not None:
@@ -185,15 +185,15 @@ class Fusible(nn.Module):
 @dataclass(frozen=True)
 class Rewrite:
     """
-    A way to compute some modules of a loaded model faster; `register_rewrite` makes it known to [`~Rewritable.fuse`].
+    A faster way to compute modules of a loaded model, which `register_rewrite` adds to [`~Rewritable.fuse`].
 
     Args:
-        name (`str`): Its name.
-        match (`Callable[[nn.Module], bool]`): Whether it is meant for a module.
-        obstacle (`Callable[[nn.Module], str | None]`): Why a module that it is meant for cannot be rewritten, if so.
-        apply, undo (`Callable[[nn.Module], None]`): Rewrite the module in place, and take that back.
+        name (`str`): Name to pass to `fuse`.
+        match (`Callable[[nn.Module], bool]`): Whether the rewrite is for a module.
+        obstacle (`Callable[[nn.Module], str | None]`): Why a matching module cannot be rewritten, or `None`.
+        apply, undo (`Callable[[nn.Module], None]`): Rewrite the module in place, or undo that.
         is_applied (`Callable[[nn.Module], bool]`): Whether the module is rewritten.
-        benefit (`float`, defaults to 1.0): Rewrites of greater benefit are applied first.
+        benefit (`float`, defaults to 1.0): Rewrites with a higher benefit are applied first.
     """
 
     name: str
@@ -213,22 +213,22 @@ def register_rewrite(rewrite: Rewrite) -> None:
 
 
 class Rewritable:
-    """Mixin of the models: rewrites of a loaded one."""
+    """Mixin of the models: rewrites the modules of a loaded model."""
 
     def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
-        """The rewrites, the most beneficial first, each with the modules that it matches and their names."""
+        """Each rewrite, a matching module's name and the module, for every match, highest benefit first."""
         rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
         return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
 
     def fuse(self, *names: str) -> None:
         """
-        Rewrites the loaded model in place, until nothing is left to rewrite. `"step3_qkv"` computes the projections to
-        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both where
-        there are no gradients. Answers are equal up to rounding. Parameters, and so what is saved, stay as they were.
+        Rewrites the loaded model in place until nothing is left to rewrite. `"step3_qkv"` computes the projections to
+        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both only
+        without gradients. Outputs are equal up to rounding; parameters and saved checkpoints stay the same.
 
         Raises:
             `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
-            or has hooks. The model is then as it was.
+            or has hooks. The model is then left unchanged.
         """
         if not names or set(names) - REWRITES.keys():
             raise ValueError(f"`fuse` takes some of {', '.join(REWRITES)}, got {names}.")
@@ -246,14 +246,14 @@ class Rewritable:
                 logger.info(f"{rewrite.name}: {name} is rewritten.")
 
     def unfuse(self) -> None:
-        """Undoes every rewrite, the most beneficial last."""
+        """Undoes every rewrite, lowest benefit first."""
         for rewrite, _, module in reversed(self.find_rewrites()):
             if rewrite.is_applied(module):
                 rewrite.undo(module)
 
     def fusion_report(self) -> list[dict[str, str | bool]]:
-        """What each rewrite matches in this model, a row for each module: `fusion`, the `module`'s name, its `class`,
-        and whether it is `rewritten`."""
+        """One row for each module that a rewrite matches: the `fusion`, the name and `class` of the `module`, and
+        whether it is `rewritten`."""
         return [
             {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
             for r, name, x in self.find_rewrites()
@@ -267,7 +267,7 @@ class Rewritable:
 
 @use_kernel_forward_from_hub("RMSNorm")
 class Step3TextRMSNorm(nn.Module):
-    """Root-mean-square norm: normalised in float32 at least, cast back, then scaled."""
+    """RMS norm, computed in float32 at least and cast back before scaling."""
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -304,10 +304,10 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention written out, of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads,
-    keys, head_dim), with an additive mask. Query heads that share a key/value head become rows of one product, so that
-    no head is copied for each of them; the softmax is taken in float32 at least. Returns the output (batch, queries,
-    heads, head_dim) and the probabilities (batch, heads, queries, keys).
+    Computes attention of `query` (batch, heads, queries, head_dim) to `key` and `value` (batch, key/value heads, keys,
+    head_dim), with an additive mask. Query heads that share a key/value head become rows of one matrix product, without
+    copies of keys and values. The softmax is taken in float32 at least. Returns the output (batch, queries, heads,
+    head_dim) and the probabilities (batch, heads, queries, keys). Raises a `ValueError` if shapes do not match.
     """
     _check_attention_shapes(query, key, value)
     batch_size, num_heads, num_queries, head_dim = query.shape
@@ -327,8 +327,8 @@ def eager_attention_forward(
 
 
 def not_finite(*states: torch.Tensor) -> torch.Tensor:
-    """0, or NaN if a number is not finite, for each row of `states` (batch, heads, tokens, head_dim), as (batch, 1, 1,
-    1). torch's SDPA on a CPU attends to nothing where scores are NaN, so that a broken weight would go unnoticed."""
+    """For each row of the batch, 0, or NaN if any of its `states` (batch, heads, tokens, head_dim) is not finite;
+    (batch, 1, 1, 1). torch's CPU SDPA attends to nothing where scores are NaN, which would hide a broken weight."""
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     total = sum(state.sum((1, 2, 3), keepdim=True, dtype=dtype) for state in states)
     return (total * 0).to(states[0].dtype)
@@ -336,8 +336,8 @@ def not_finite(*states: torch.Tensor) -> torch.Tensor:
 
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
-    Wraps transformers' SDPA attention, which does not take shared key/value heads as they are. A single query token
-    attends with the query heads of a key/value head as its rows, longer queries through a view: nothing is copied.
+    Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
+    key/value head become its rows. For more tokens, keys and values are expanded, as a view if there is one head.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
@@ -359,8 +359,8 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
 
 class Step3TextAttention(Fusible):
     """
-    Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): queries of low rank, which `wq` raises to
-    many wide heads, over a single key/value head.
+    Multi-matrix factorization attention (https://arxiv.org/abs/2412.19255): `wq` expands low-rank queries to many wide
+    heads, which share a single key/value head in the released model.
     """
 
     fusible = ("q_proj", "k_proj", "v_proj")
@@ -421,7 +421,7 @@ class Step3TextAttention(Fusible):
 
 
 class Step3TextMLP(Fusible):
-    """Gated MLP: a dense layer's, and a mixture's shared expert."""
+    """Gated MLP of a dense layer, or shared expert of an MoE layer."""
 
     fusible = ("gate_proj", "up_proj")
 
@@ -451,7 +451,7 @@ for _name, _class in (("step3_qkv", Step3TextAttention), ("step3_gate_up", Step3
 
 
 class Step3TextTopKRouter(nn.Module):
-    """Chooses each token's experts: the `moe_top_k` most probable of a softmax over all, in float32 at least."""
+    """Routes each token to its `moe_top_k` most probable experts. The softmax over all is taken in float32 at least."""
 
     def __init__(self, config: Step3TextConfig):
         super().__init__()
@@ -461,7 +461,7 @@ class Step3TextTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.moe_num_experts, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From `hidden_states` (tokens, hidden_size): logits (tokens, experts), weights and indices (tokens, top_k)."""
+        """Maps (tokens, hidden_size) to logits (tokens, experts), and weights and indices (tokens, top_k)."""
         router_logits = nn.functional.linear(hidden_states, self.weight)
         softmax_dtype = torch.promote_types(router_logits.dtype, torch.float32)
         router_probs = nn.functional.softmax(router_logits, dim=-1, dtype=softmax_dtype)
@@ -472,7 +472,7 @@ class Step3TextTopKRouter(nn.Module):
 
 
 def _experts_fit_grouped_mm(config: Step3TextConfig, dtype: torch.dtype) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes the experts in `dtype`: it asks for strides of 16 bytes."""
+    """Whether `torch.nn.functional.grouped_mm` takes the experts in `dtype`: no float64, and strides of 16 bytes."""
     sizes = (config.hidden_size, config.moe_intermediate_size)
     return dtype != torch.float64 and all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
@@ -483,8 +483,8 @@ def step3_experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts implementation `"step3"`, the default: `grouped_mm`, except for compiled steps with few tokens, which
-    avoid gathering expert weights: a single token, and on a CPU up to two tokens an expert."""
+    """The default experts implementation, `"step3"`. Uses `grouped_mm`, except in compiled steps with few tokens, to
+    avoid gathering expert weights: one token or, on a CPU, up to two routed tokens per expert on average."""
     num_tokens, top_k = top_k_index.shape
     is_few = hidden_states.device.type == "cpu" and num_tokens * top_k <= 2 * self.num_experts
     if not torch.compiler.is_compiling() or (num_tokens > 1 and not is_few):
@@ -502,7 +502,7 @@ ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_m
 
 @use_experts_implementation
 class Step3TextExperts(nn.Module):
-    """The routed experts, gated MLPs whose weights are stacked; gate and up projections are one weight."""
+    """Routed experts: gated MLPs with stacked weights, and with gate and up projections in one weight."""
 
     def __init__(self, config: Step3TextConfig):
         super().__init__()
@@ -516,7 +516,7 @@ class Step3TextExperts(nn.Module):
         self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
 
     def check_indices(self, inputs: tuple[torch.Tensor, ...], num_experts: int) -> None:
-        """An index beyond the experts is an error; that of a single token comes from the router."""
+        """Checks that expert indices are in range. A single token's are not checked; they come from the router."""
         if len(inputs) > 1 and inputs[1].shape[0] > 1:
             message = f"Indices of experts must lie between 0 and {num_experts - 1}"
             check_values((inputs[1] >= 0) & (inputs[1] < num_experts), message)
@@ -524,7 +524,7 @@ class Step3TextExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """The `eager` implementation: one expert after the other, each on the tokens (tokens, hidden_size) it got."""
+        """The `eager` implementation: runs each expert on its tokens of `hidden_states` (tokens, hidden_size)."""
         output = torch.zeros_like(hidden_states)
         with torch.no_grad():
             # The additional class stands for other ranks' experts under expert parallelism.
@@ -539,7 +539,7 @@ class Step3TextExperts(nn.Module):
 
 
 class Step3TextMoE(nn.Module):
-    """Router and routed experts."""
+    """Router and routed experts of an MoE layer."""
 
     def __init__(self, config: Step3TextConfig):
         super().__init__()
@@ -562,7 +562,7 @@ class Step3TextMoE(nn.Module):
 
 
 class Step3TextDecoderLayer(GradientCheckpointingLayer):
-    """Attention, then a dense MLP or, in a mixture layer, routed experts beside a shared one; each with its norm."""
+    """Pre-norm layer: attention, then a dense MLP or, in an MoE layer, routed experts plus a shared expert."""
 
     def __init__(self, config: Step3TextConfig, layer_idx: int):
         super().__init__()
@@ -605,7 +605,7 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
 
 
 class Step3VLPreTrainedModel(Rewritable, Step3Checkpoint, PreTrainedModel):
-    """What the Step3 models share: weight initialisation and what they support."""
+    """Base class of the Step3 models: weight initialisation and supported features."""
 
     config: Step3VLConfig
     base_model_prefix = "model"
@@ -666,8 +666,8 @@ class Step3TextModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def mask_one_token(self, attention_mask: torch.Tensor, dtype: torch.dtype, cache: Cache | None) -> torch.Tensor:
-        """What a decoding step attends to, (batch, 1, 1, keys), from an `attention_mask` of (batch, tokens), without
-        waiting for the device, which transformers' own masks do to learn whether there is any padding."""
+        """Makes the mask of a decoding step, (batch, 1, 1, keys), from an `attention_mask` (batch, tokens).
+        transformers' own masks wait for the device to learn whether there is padding; this does not."""
         mask = attention_mask.bool()
         if isinstance(cache, Step3BoundedCache):
             mask = mask[:, cache.layers[0].num_dropped :]
@@ -694,15 +694,15 @@ class Step3TextModel(Step3VLPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Token ids; or give `inputs_embeds`.
+            input_ids (`torch.LongTensor` of shape `(batch, tokens)`): Token ids; alternatively, give `inputs_embeds`.
             attention_mask (`torch.Tensor`, *optional*):
-                `(batch, cached + new tokens)` with 0 at padding, a 4-D one, or a dictionary with `"full_attention"`.
+                `(batch, cached + new tokens)` with 0 at padding, a 4-D mask, or a dictionary with `"full_attention"`.
             position_ids (`torch.LongTensor` of shape `(batch, tokens)`, *optional*): Positions of the tokens.
-            cache (`Cache`, *optional*): Keys and values of earlier tokens; extended in place.
-            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): In place of `input_ids`.
+            cache (`Cache`, *optional*): Keys and values of earlier tokens; updated in place.
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Embeddings instead of `input_ids`.
             use_cache (`bool`, *optional*): Whether to return a cache.
 
-        Raises a `ValueError` if the arguments do not fit each other or the config.
+        Raises a `ValueError` if the arguments do not match each other or the config.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -761,7 +761,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
 
 
 class Step3VisionEmbeddings(nn.Module):
-    """Patches of a picture with a class token in front, and learned positions for both."""
+    """Class rows followed by patch embeddings, both with learned position embeddings."""
 
     # The original training run repeated the class row so that tensor parallelism divides the sequence.
     num_class_rows = 4
@@ -776,7 +776,7 @@ class Step3VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.grid_size**2 + 1, config.hidden_size)
 
     def resize_positions(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Position embeddings (rows, hidden_size) of the trained grid, resized to a grid of `height` × `width`."""
+        """Resizes position embeddings (rows, hidden_size) of the trained grid to a grid of `height` × `width`."""
         if (height, width) == (self.grid_size, self.grid_size):
             return positions
         dtype = torch.promote_types(positions.dtype, torch.float32)
@@ -847,7 +847,7 @@ class Step3VisionMLP(nn.Module):
 
 
 class Step3VisionEncoderLayer(GradientCheckpointingLayer):
-    """A layer that normalises what each branch puts out, not what goes in."""
+    """Encoder layer that normalises the output of each branch instead of its input."""
 
     def __init__(self, config: Step3VisionEncoderConfig):
         super().__init__()
@@ -874,7 +874,7 @@ class Step3VisionTransformer(nn.Module):
 
 
 class Step3VisionModel(Step3VLPreTrainedModel):
-    """The vision encoder: pictures in, one row for each of their patches out, with no norm at the end."""
+    """Vision encoder. Returns one row per patch, without a final norm."""
 
     config: Step3VisionEncoderConfig
     config_class = Step3VisionEncoderConfig
@@ -897,11 +897,11 @@ class Step3VisionModel(Step3VLPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(images, num_channels, side, side)`):
-                Normalised square pictures whose side is a multiple of `patch_size`.
+                Normalised square images whose side is a multiple of `patch_size`.
 
         Returns:
-            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, row by row. The recorded hidden
-            states and attentions also hold the four class rows in front.
+            `last_hidden_state` of shape `(images, (side / patch_size)², hidden_size)`, with patches row by row.
+            Recorded hidden states and attentions also include the four class rows at the front.
         """
         check_pictures(self.config, pixel_values)
         hidden_states = self.transformer(self.embeddings(pixel_values), **kwargs)
@@ -914,7 +914,7 @@ class Step3VisionModel(Step3VLPreTrainedModel):
 
 
 class WithPictures(ModelOutput):
-    """What both outputs with pictures do: as a tuple, the encoder's output is one, too."""
+    """Base of the outputs with images: `to_tuple` also converts the encoder's output to a tuple."""
 
     def to_tuple(self) -> tuple:
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
@@ -925,9 +925,9 @@ class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
     """
     Args:
         image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
-            The features of all pictures, one after the other, that took the place of the image tokens.
+            Features of all images, concatenated, which replaced the embeddings of the image tokens.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            What [`~Step3VLModel.get_image_features`] returned for them; not while compiling.
+            Output of [`~Step3VLModel.get_image_features`] for the images; `None` while compiling.
     """
 
     image_hidden_states: torch.Tensor | None = None
@@ -936,14 +936,14 @@ class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
 
 @dataclass
 class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
-    """Of the pictures, it holds what [`Step3VLModelOutputWithPast`] does."""
+    """Has the image fields of [`Step3VLModelOutputWithPast`]."""
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
 class Step3VLModel(Step3VLPreTrainedModel):
-    """Vision encoder, the projection of its output to image tokens, and the text decoder."""
+    """Vision encoder, projector to image features, and text decoder, without a language-model head."""
 
     config_class = Step3VLConfig
     keys_of_other_parts = (r"^lm_head\.",)
@@ -965,7 +965,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
+        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size).
+        Raises a `ValueError` unless the rows form a square of at least 2 × 2."""
         grid_size = math.isqrt(hidden_states.shape[1])
         if grid_size**2 != hidden_states.shape[1] or grid_size < 2:
             raise ValueError(
@@ -979,8 +980,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def encode(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """The features (images, image tokens, hidden_size) of pictures of one size, and the encoder's output; of as
-        many at a time as `max_encoder_bytes` allows."""
+        """Encodes images of one size, as many at a time as `max_encoder_bytes` allows. Returns their features (images,
+        image tokens, hidden_size) and the encoder's output."""
         vision_config = self.config.vision_config
         check_pictures(vision_config, pixel_values)
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
@@ -1005,20 +1006,20 @@ class Step3VLModel(Step3VLPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        The features that take the place of pictures' image tokens.
+        Computes the features that replace the embeddings of image tokens.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, side, side)`): The pictures' global views.
+            pixel_values (`torch.Tensor` of shape `(images, channels, side, side)`): Global views of the images.
             patch_pixel_values (`torch.Tensor` of shape `(patches, channels, patch side, patch side)`, *optional*):
-                The patches of all pictures, one picture after the other.
-            num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): How many of them each picture has.
+                Patches of all images, concatenated in image order.
+            num_patches (`torch.LongTensor` of shape `(images,)`, *optional*): Number of patches of each image.
 
         Returns:
-            `pooler_output`, a tuple with each picture's `(rows, hidden_size)` features, its patches' first, or, while
-            compiling, with those of all pictures; the rest is the encoder's on the global views.
+            `pooler_output`, a tuple with each image's features `(rows, hidden_size)`, patches first, or, while
+            compiling, with those of all images as one. The rest is the encoder's output for the global views.
 
         Raises:
-            `ValueError`: if a picture's shape does not fit or the patches are not as many as `num_patches` says.
+            `ValueError`: if an image's shape does not fit, or `num_patches` does not match the images and patches.
         """
         image_features, vision_outputs = self.encode(pixel_values, **kwargs)
         num_images, num_tokens, _ = image_features.shape
@@ -1065,8 +1066,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
-        """The features (rows, hidden_size) of all pictures, in whichever one form they are given, and what
-        `get_image_features` returns for them. Raises a `ValueError` if they come in several forms, or do not fit."""
+        """Features (rows, hidden_size) of all images, and `get_image_features`' output for them. Raises a `ValueError`
+        if images come in several forms or do not fit, a `TypeError` if `image_embeds` are not tensors."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if mm_encoder_outputs and "image" not in mm_encoder_outputs:
             raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
@@ -1093,14 +1094,14 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.BoolTensor:
-        """Where the image tokens are, `(batch, tokens)`; told from embeddings where there are no ids."""
+        """Mask of image tokens, `(batch, tokens)`. Without `input_ids`, compares embeddings with the token's."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     def warn_of_image_tokens(self, input_ids: torch.LongTensor, cache: Cache | None = None) -> None:
-        """Once, if there are any in a text without pictures, in whose place nothing is put."""
+        """Warns once if a text without images has image tokens, which then keep their own embeddings."""
         if torch.compiler.is_compiling() or type(input_ids) is not torch.Tensor or input_ids.device.type == "meta":
             return
         # After cached tokens, an image token may be one that the model generated.
@@ -1111,8 +1112,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
     def insert_features(
         self, inputs_embeds: torch.Tensor, image_token_mask: torch.BoolTensor, features: torch.Tensor
     ) -> torch.Tensor:
-        """Embeddings (batch, tokens, hidden_size) with `features` (rows, hidden_size) where `image_token_mask` (batch,
-        tokens) is true. Raises a `ValueError` if there are not as many rows."""
+        """Replaces embeddings (batch, tokens, hidden_size) by `features` (rows, hidden_size) where `image_token_mask`
+        (batch, tokens) is true. Raises a `ValueError` if the number of rows differs."""
         count, rows, token = image_token_mask.sum(), features.shape[0], self.config.image_token_id
         message = f"image tokens (`image_token_id` {token}), but the pictures give {rows} image features."
         torch_compilable_check(count == rows, lambda: f"The text has {int(count)} {message}")
@@ -1138,13 +1139,13 @@ class Step3VLModel(Step3VLPreTrainedModel):
     ) -> Step3VLModelOutputWithPast:
         """
         Args:
-            pixel_values, patch_pixel_values, num_patches: Pictures, as in [`~Step3VLModel.get_image_features`].
+            pixel_values, patch_pixel_values, num_patches: Images, as in [`~Step3VLModel.get_image_features`].
             image_embeds (`torch.Tensor` of shape `(..., rows, hidden_size)` or a tuple of such, *optional*):
-                Image features of all pictures, one after the other, in place of `pixel_values`.
+                Features of all images, in order, instead of `pixel_values`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                What [`~Step3VLModel.get_image_features`] returned, under `"image"`, in place of `pixel_values`.
+                Output of [`~Step3VLModel.get_image_features`], under `"image"`, instead of `pixel_values`.
 
-        The rest is as in [`Step3TextModel`]. Raises a `ValueError` if pictures come in several forms, or do not fit.
+        The rest is as in [`Step3TextModel`]. Raises a `ValueError` if images come in several forms or do not fit.
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -1183,7 +1184,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
 
 class Step3LanguageModelHead:
-    """What [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`] do with the hidden states they get."""
+    """Mixin of [`Step3TextForCausalLM`] and [`Step3VLForConditionalGeneration`]: computes logits and losses."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
@@ -1196,7 +1197,8 @@ class Step3LanguageModelHead:
             self._tp_plan.pop("lm_head", None)
 
     def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The hidden states at `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept)."""
+        """Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept).
+        Booleans select as a mask. Raises a `ValueError` for other types or shapes, or positions out of range."""
         if positions.is_floating_point() or not 0 < positions.ndim < 3:
             raise ValueError(
                 "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
@@ -1214,7 +1216,7 @@ class Step3LanguageModelHead:
         return hidden_states[:, positions]
 
     def check_router_gradients(self, outputs: MoeModelOutputWithPast) -> None:
-        """Raises a `ValueError` under reentrant checkpointing, where router logits are recorded without gradients."""
+        """Raises a `ValueError` if router logits lack gradients because of reentrant checkpointing."""
         if any(logits.requires_grad for logits in outputs.router_logits):
             return
         layers = [module for module in self.modules() if isinstance(module, Step3TextDecoderLayer)]
@@ -1239,7 +1241,7 @@ class Step3LanguageModelHead:
         output_router_logits: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
-        """The logits at `logits_to_keep`, the losses, and what is passed on of the decoder's `outputs`."""
+        """Computes the logits at `logits_to_keep` and the losses, and adds the fields of the decoder's `outputs`."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
         if logits_to_keep is None or isinstance(logits_to_keep, int):
@@ -1284,7 +1286,7 @@ class Step3LanguageModelHead:
 
 
 class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
-    """The text decoder with a language-model head, for checkpoints of text alone or the text part of a whole one."""
+    """Text decoder with a language-model head, for text-only checkpoints or the text part of a whole one."""
 
     config: Step3TextConfig
     config_class = Step3TextConfig
@@ -1317,13 +1319,13 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch, tokens)`, *optional*):
-                Token ids to predict, each from the tokens before it; -100 is left out of the loss.
+                Target token ids, which are shifted inside the model; -100 is ignored in the loss.
             output_router_logits (`bool`, *optional*):
-                Whether to return the router logits and the load-balancing loss, which then is part of the loss.
+                Whether to return router logits and the load-balancing loss, and add the latter to the loss.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                How many of the last positions to compute logits for (0 for all), or which ones.
+                Number of last positions to compute logits for (0 for all), or a tensor that selects positions.
 
-        The rest is as in [`Step3TextModel`].
+        The other arguments are those of [`Step3TextModel`].
         """
         cache = one_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
@@ -1345,7 +1347,7 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
 
 
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
-    """The whole model: text and pictures in, text out. [`Step3VLProcessor`] makes its inputs."""
+    """The whole model: generates text from text and images. [`Step3VLProcessor`] makes its inputs."""
 
     config_class = Step3VLConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -1386,7 +1388,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Step3VLCausalLMOutputWithPast:
-        """Arguments are those of [`Step3VLModel`] and of [`Step3TextForCausalLM`]."""
+        """Takes the arguments of [`Step3VLModel`] and [`Step3TextForCausalLM`]."""
         cache = one_cache(cache, past_key_values, kwargs)
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
@@ -1420,8 +1422,8 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
 
 def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] | None = None) -> None:
     """
-    Raises a `ValueError` with what it `got` unless all of `condition` holds, which waits for the device. Without `got`,
-    as in a decoding step, it does not wait: a `RuntimeError` on a CPU, and a device-side assertion on a GPU.
+    Checks that all of `condition` holds. With `got`, which describes the values, waits for the device and raises a
+    `ValueError`. Without it, does not wait: failure is a `RuntimeError` on a CPU, a device-side assertion on a GPU.
     """
     if condition.device.type == "meta":
         return
@@ -1432,14 +1434,14 @@ def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] |
 
 
 def check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    """Checks that `values` (batch, tokens) lie from 0 to below `limit`; for a single token without waiting."""
+    """Checks that `values` (batch, tokens) are at least 0 and below `limit`; does not wait for a single token."""
     message = f"`{name}` must lie between 0 and {limit - 1}"
     got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
     check_values((values >= 0) & (values < limit), message, got)
 
 
 def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
-    """Raises a `ValueError` unless they are tokens (batch, tokens) of the vocabulary."""
+    """Checks the shape (batch, tokens) and dtype of `input_ids`, and that they are in the vocabulary."""
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
         raise ValueError(
             "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
@@ -1449,7 +1451,7 @@ def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
 
 
 def check_embeddings(config: Step3TextConfig, inputs_embeds: torch.Tensor) -> None:
-    """Raises a `ValueError` unless they have the shape (batch, tokens, hidden_size)."""
+    """Raises a `ValueError` unless `inputs_embeds` has the shape (batch, tokens, hidden_size)."""
     if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
         raise ValueError(
             f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
@@ -1465,8 +1467,8 @@ def check_inputs(
     cache: Cache | None,
 ) -> None:
     """
-    Raises a `ValueError`, before the cache is written to, if an argument's shape does not fit the others or the model,
-    or there are more tokens than the cache or the positions allow. A single token's values are not waited for.
+    Raises a `ValueError`, before the cache changes, if the arguments' shapes do not match each other or the model, or
+    tokens exceed the cache or the positions. For a single token, values are checked without waiting.
     """
     check_embeddings(config, inputs_embeds)
     batch_size, num_new, _ = inputs_embeds.shape
@@ -1514,7 +1516,7 @@ def check_inputs(
 
 
 def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
-    """Raises a `ValueError` if the cache holds keys of another model or another batch."""
+    """Raises a `ValueError` if the cache holds keys of another model or batch size."""
     filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
     filled = [layer for layer in filled if layer.keys.ndim == 4]
     num_layers, head_dim = config.num_hidden_layers, config.head_dim
@@ -1529,7 +1531,7 @@ def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
 
 
 def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
-    """Raises a `ValueError` if there are other dimensions or channels, or sides that do not fit."""
+    """Raises a `ValueError` unless the images (images, num_channels, side, side) split into whole patches."""
     shape = tuple(pixel_values.shape)
     if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
         raise ValueError(
@@ -1547,23 +1549,23 @@ def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor)
 
 
 def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
-    """The same tensor, which every rank holds; the gradients that the ranks send back are summed."""
+    """Returns the tensor, which every rank holds, and sums its gradients over the ranks."""
     if not tensor.requires_grad:
         return tensor
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
-    """Tensor-parallel style of a projection to the one key/value head: whole on every rank, which attends to it with
-    its own query heads only."""
+    """Tensor-parallel style of the projection to the single key/value head. Each rank holds it whole and attends to it
+    with its own query heads only."""
 
     def transform_output_post_forward(self, module, output, mesh):
         return _sum_gradients(output, mesh)
 
 
 class SplitExpertsParallel(TensorParallelLayer):
-    """Tensor-parallel style of the experts: each rank holds some of them whole, runs those on all tokens, and the
-    outputs are summed. Goes with `grouped_gemm` on their weights."""
+    """Tensor-parallel style of the experts. Each rank holds some whole experts and runs them on all tokens, and the
+    outputs are summed. Use with `grouped_gemm` for the weights."""
 
     def should_use_local_tensors(self, module):
         return True

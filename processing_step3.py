@@ -191,14 +191,14 @@ WHOLE_RESPONSE_TEMPLATE["fields"]["reasoning_content"] = {
 @dataclass(frozen=True)
 class PicturePlan:
     """
-    How a picture is viewed and cut; all sizes are `(width, height)` in pixels.
+    How an image is padded, resized and cut into patches. All sizes are `(width, height)` in pixels.
 
     Args:
-        padded_size: The size after padding to a square, with the picture at the top left.
-        view_size: The size after that, once it is scaled down, from which the global view is made.
-        cut_size: The size that the patches are cut from.
-        window: Side of the squares that are cut, or 0 if there are none.
-        rows, columns: How many squares there are.
+        padded_size: Size after any padding to a square, with the image at the top left.
+        view_size: Size after any downscaling that follows; the global view is made from it.
+        cut_size: Size from which patches are cut.
+        window: Side of the square patches when cut, or 0 if there are none.
+        rows, columns: Grid of patches.
     """
 
     padded_size: tuple[int, int]
@@ -218,7 +218,7 @@ class PicturePlan:
 
     @property
     def newline_mask(self) -> list[bool]:
-        """For each patch, whether a newline token follows it: the last of each row but the last row."""
+        """Whether a newline token follows each patch: after the last patch of every row but the last row."""
         return [
             column == self.columns - 1 and row < self.rows - 1
             for row in range(self.rows)
@@ -228,11 +228,11 @@ class PicturePlan:
 
 def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_side: int) -> PicturePlan:
     """
-    Plans a picture of `width` × `height` pixels for global views of `view_side`² and patches of `patch_side`² pixels,
-    with the longer side at most `max_side`.
+    Plans how to process an image of `width` × `height` pixels. The longer side is scaled down to at most `max_side`,
+    the global view has `view_side`² pixels and each patch `patch_side`² pixels.
 
     Raises:
-        `ValueError`: if the picture has no pixels, or would have to be padded to more than PIL takes for a picture.
+        `ValueError`: if the image has no pixels, or would be padded to more than twice PIL's `Image.MAX_IMAGE_PIXELS`.
     """
     if min(width, height) < 1:
         raise ValueError(f"A picture must have at least one pixel a side, got {width} x {height}.")
@@ -274,11 +274,11 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
 
 def upright(image: Image.Image) -> Image.Image:
     """
-    The picture as its metadata turns it, or as it is where they cannot be read.
+    Loads an image and applies its EXIF orientation, if the metadata can be read.
 
     Raises:
-        `OSError`: if the picture itself cannot be read.
-        `ValueError`: if it or its file is closed.
+        `OSError`: if the image itself cannot be read.
+        `ValueError`: if the image or its file is closed.
     """
     if getattr(image, "tile", None) and image.fp is None:
         raise ValueError("The picture was closed before its pixels were read.")
@@ -296,10 +296,10 @@ def upright(image: Image.Image) -> Image.Image:
 
 def download(url: str, max_bytes: int) -> BytesIO:
     """
-    The file at an HTTP address.
+    Downloads a file over HTTP.
 
     Raises:
-        `OSError`: if it cannot be fetched or has more than `max_bytes`.
+        `OSError`: if the file cannot be fetched or has more than `max_bytes`.
     """
     httpx = image_utils.httpx  # transformers fetches images with it, too
     file = BytesIO()
@@ -316,10 +316,10 @@ def download(url: str, max_bytes: int) -> BytesIO:
 
 def is_unit_range(pixels: np.ndarray) -> bool:
     """
-    Whether floats are from [0, 1] rather than from [0, 255]. A resized picture may overshoot its range by a tenth.
+    Whether floats are in [0, 1] rather than [0, 255]. They may overshoot by a tenth of the range, as after resizing.
 
     Raises:
-        `ValueError`: if they fit neither, or could be either.
+        `ValueError`: if the values fit neither range, or could be in either.
     """
     lowest, highest = pixels.min(), pixels.max()
     if -OVERSHOOT <= lowest and highest <= 1 + OVERSHOOT:
@@ -334,18 +334,18 @@ def is_unit_range(pixels: np.ndarray) -> bool:
 
 
 def is_meant_as_unit(pixels: np.ndarray, do_rescale: bool | None) -> bool:
-    """Whether `do_rescale=False` says of these that they are floats from [0, 1], and they can be."""
+    """Whether `do_rescale=False` declares these floats to be in [0, 1], and their values allow it."""
     is_told = do_rescale is False and pixels.dtype.kind == "f" and pixels.size > 0
     return bool(is_told and -OVERSHOOT <= pixels.min() and pixels.max() < AMBIGUOUS)
 
 
 def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
     """
-    Brings pixel values to `uint8`: integers up to 255 as they are, 16-bit integers by their upper byte, floats from
-    [0, 1] (if `is_unit` says so, or their values) or [0, 255], with what overshoots clipped.
+    Converts pixel values to `uint8`. Integers up to 255 are kept, `uint16` keeps its upper byte, and booleans become 0
+    or 255. Floats are in [0, 1], if `is_unit` or their values say so, or in [0, 255]; overshoot is clipped.
 
     Raises:
-        `ValueError`: if a value lies far outside these, or is not a real number.
+        `ValueError`: if values are far outside these ranges, or are not real numbers.
     """
     if pixels.dtype.kind not in "biuf":
         raise ValueError(f"Pixel values must be real numbers, got {pixels.dtype}.")
@@ -370,13 +370,13 @@ def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
 class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     patch_size (`int`, *optional*, defaults to 504):
-        Side of a patch in pixels, once it is resized.
+        Side of a patch in pixels, after resizing.
     max_image_size (`int`, *optional*, defaults to 3024):
-        Longest side of a picture in pixels; a larger picture is scaled down.
+        Maximum side of an image in pixels; larger images are scaled down.
     vision_patch_size (`int`, *optional*, defaults to 14):
-        The vision encoder's `patch_size`.
+        `patch_size` of the vision encoder.
     projector_stride (`int`, *optional*, defaults to 2):
-        The model's `understand_projector_stride`.
+        `understand_projector_stride` of the model.
     """
 
     patch_size: int
@@ -387,21 +387,21 @@ class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
 
 class Step3VLImageProcessor(PilBackend):
     r"""
-    Makes the vision inputs of Step3-VL. Each picture gives a global view and, if it is large or elongated, patches cut
-    from it in rows. Both are normalised, then resized as floats.
+    Image processor of Step3-VL. Each image gives a global view and, if it is large or elongated, patches cut from it
+    row by row. Both are normalised, then resized as floats.
 
     Args:
         size (`dict[str, int]`, defaults to `{"height": 728, "width": 728}`):
-            Size of the global view in pixels; a square.
-        image_mean, image_std (`float` or `list[float]`): Per channel; those of CLIP.
-        do_convert_rgb, do_rescale, do_normalize (`bool`, defaults to `True`): Steps to take.
-        rescale_factor (`float`, defaults to 1/255): What pixel values are multiplied by.
+            Size of the global view in pixels; must be square.
+        image_mean, image_std (`float` or `list[float]`): Normalisation of each channel; default to those of CLIP.
+        do_convert_rgb, do_rescale, do_normalize (`bool`, defaults to `True`): Whether to take these steps.
+        rescale_factor (`float`, defaults to 1/255): Factor by which pixel values are multiplied.
         resample (`PILImageResampling`, defaults to `BILINEAR`): `BILINEAR` or `BICUBIC`.
 
-    and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the image tokens of a
-    global view and of a patch, follow from them and are saved with them.
+    and those of [`Step3VLImageProcessorKwargs`]. `num_image_tokens` and `num_patch_tokens`, the numbers of image tokens
+    of a global view and of a patch, are computed from them and saved with them.
 
-    `max_download_bytes` (`int`, defaults to 128 MiB) limits the file that a URL leads to.
+    `max_download_bytes` (`int`, defaults to 128 MiB) limits the size of files downloaded from URLs.
     """
 
     valid_kwargs = Step3VLImageProcessorKwargs
@@ -439,7 +439,7 @@ class Step3VLImageProcessor(PilBackend):
         return {**super().to_dict(), "size": get_size_dict(self.size), **numbers}
 
     def num_tokens(self, side: int) -> int:
-        """Number of image tokens of a square of `side` pixels."""
+        """Number of image tokens for a square image of `side` pixels."""
         return num_image_tokens(side, self.vision_patch_size, self.projector_stride)
 
     def _validate_preprocess_kwargs(self, size=None, do_resize=None, resample=None, **kwargs):
@@ -472,7 +472,7 @@ class Step3VLImageProcessor(PilBackend):
         return super().preprocess(images, *args, **kwargs)
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
-        """How a picture of `width` × `height` pixels is viewed and cut; `kwargs` override this processor's sizes."""
+        """Plans how to process an image of `width` × `height` pixels; `kwargs` override this processor's sizes."""
         return plan_picture(
             width,
             height,
@@ -482,15 +482,15 @@ class Step3VLImageProcessor(PilBackend):
         )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """How many patches a picture of `height` × `width` pixels gives; serving engines ask for it."""
+        """Number of patches of an image of `height` × `width` pixels, as serving engines ask for it."""
         return self.plan(width, height, **(images_kwargs or {})).num_patches
 
     def fetch_images(self, image_url_or_urls):
         """
-        Opens pictures given as paths, URLs or base64, in lists however nested; pictures stay as they are.
+        Opens images given as paths, URLs or base64 strings, in lists of any nesting. Images are returned as they are.
 
         Raises:
-            `OSError`: if one is not there, cannot be read, or is at a URL and larger than `max_download_bytes`.
+            `OSError`: if an image cannot be found or read, or a download exceeds `max_download_bytes`.
             `ValueError`: if a string is neither a URL nor a path nor base64.
         """
         source = image_url_or_urls
@@ -523,14 +523,14 @@ class Step3VLImageProcessor(PilBackend):
         **kwargs,
     ) -> Image.Image:
         """
-        Makes a PIL picture, upright and of 8 bits a channel, from a PIL picture, an array or a tensor; in RGB, unless
-        `do_convert_rgb` is false or `image_mean` is of another number of channels.
+        Converts a PIL image, an array or a tensor to an upright PIL image with 8 bits per channel. The result is RGB,
+        unless `do_convert_rgb` is false or `image_mean` has a number of channels other than three.
 
-        Without `do_rescale`, floats are from [0, 1], and give the pixels that the 8-bit picture gives with it.
+        With `do_rescale=False`, floats in [0, 1] give the same pixel values as the 8-bit image does with rescaling.
 
         Raises:
-            `ValueError`: if it is none of these, or its shape or values are not a picture's.
-            `OSError`: if the file that it lies in is broken.
+            `ValueError`: if the input is none of these, or its shape or values are not those of an image.
+            `OSError`: if the image's file is broken.
         """
         is_unit = False
         if isinstance(image, Image.Image):
@@ -644,24 +644,24 @@ class Step3VLImageProcessor(PilBackend):
 
 
 def empty(*shape: int) -> torch.Tensor:
-    """An uninitialised float32 tensor of NumPy's memory, which comes in huge pages: large pictures take a third of the
-    time, most of which goes to the system's handing out of small ones."""
+    """Uninitialised float32 tensor in memory from NumPy, which allocates huge pages. Large images then take a third of
+    the time, most of which the system would spend on allocating small pages."""
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The pixels of a PIL picture as `uint8`, (channels, height, width)."""
+    """Converts a PIL image to a `uint8` tensor (channels, height, width)."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def normalise(conversation):
     """
-    A copy of the conversation, or of each of several, as templates take it: with the arguments of past tool calls,
-    which OpenAI's clients send as JSON, as mappings, and without the `None`s that Arrow adds to the parts of a message.
+    Copies one or more conversations in the form that chat templates take. The arguments of past tool calls, which
+    OpenAI clients send as JSON, become mappings; `None` values that Arrow adds to message parts are removed.
 
     Raises:
-        `ValueError`: if arguments are strings and no JSON.
+        `ValueError`: if a call's arguments are a string that is not JSON.
     """
     if isinstance(conversation, (list, tuple)):
         return [normalise(entry) for entry in conversation]
@@ -696,17 +696,17 @@ class Step3VLProcessorKwargs(ProcessingKwargs, total=False):
 
 class Step3VLProcessor(ProcessorMixin):
     r"""
-    Makes the inputs of Step3-VL from text and pictures. One `<im_patch>` in the text stands for one picture and becomes
-    the tokens that the picture takes: its patches in rows, then its global view.
+    Processor of Step3-VL: makes model inputs from text and images. Each `<im_patch>` in the text is the placeholder of
+    one image and is expanded to its tokens: the patches row by row, then the global view.
 
     Args:
         image_processor ([`Step3VLImageProcessor`]): Makes the vision inputs.
-        tokenizer ([`PreTrainedTokenizerBase`]): Must know the six picture tokens.
-        chat_template (`str`, *optional*): Jinja template of a conversation; the tokenizer's, or else a plain one of the
-            released format, unless given.
+        tokenizer ([`PreTrainedTokenizerBase`]): Must have the six image tokens.
+        chat_template (`str`, *optional*): Jinja template of conversations. Defaults to the tokenizer's, or if it has
+        none, to a built-in one in the released format.
 
     Raises:
-        `ValueError`: if the tokenizer lacks a picture token.
+        `ValueError`: if the tokenizer lacks an image token.
     """
 
     valid_processor_kwargs = Step3VLProcessorKwargs
@@ -729,7 +729,7 @@ class Step3VLProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        """As for any processor; but the released checkpoints describe no image processor, and mean the default one."""
+        """As for any processor, but checkpoints without an image processor, like the released ones, get the default."""
         if "image_processor" not in (processor_dict or {}):
             names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
             options = {name: kwargs[name] for name in names if name in kwargs}
@@ -745,13 +745,13 @@ class Step3VLProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """
-        As for any processor; the arguments of past tool calls may be mappings or JSON, and a part may hold keys that
-        are `None`. What the fallback template cannot write is a `jinja2.TemplateError`.
+        As for any processor. Arguments of past tool calls may be mappings or JSON, and message parts may have keys that
+        are `None`. The built-in template raises a `jinja2.TemplateError` for what it cannot format.
         """
         return super().apply_chat_template(normalise(conversation), *args, **kwargs)
 
     def parse_response(self, response, schema: dict | None = None, **kwargs):
-        """As for any processor; reasoning and tool calls are found by their marks if the tokenizer does not say how."""
+        """As for any processor; defaults to the released format if the tokenizer has no `response_template`."""
         schema = schema or getattr(self.tokenizer, "response_template", None) or WHOLE_RESPONSE_TEMPLATE
         return super().parse_response(response, schema, **kwargs)
 
@@ -761,11 +761,10 @@ class Step3VLProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
-        As for any processor, and no pictures may be given as an empty list. Videos and sound are left aside, with a
-        warning.
+        As for any processor. An empty list of images means no images. `videos` and `audio` are ignored, with a warning.
 
         Raises:
-            `ValueError`: if the text is empty or no text.
+            `ValueError`: if the text is empty or is not text.
         """
         samples = [text] if isinstance(text, str) else text
         if text is not None and not (
@@ -783,10 +782,10 @@ class Step3VLProcessor(ProcessorMixin):
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """
-        Checks that the text has one `<im_patch>` for each picture, and each sample as many as its own list of pictures.
+        Checks that the text has one `<im_patch>` per image, in each sample if the images are nested lists.
 
         Raises:
-            `ValueError`: if it does not, or there is neither text nor pictures.
+            `ValueError`: if the numbers differ, or there is neither text nor images.
         """
         super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
@@ -807,7 +806,7 @@ class Step3VLProcessor(ProcessorMixin):
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The tokens that picture `image_idx` takes in the text."""
+        """The tokens that replace the placeholder of image `image_idx` in the text."""
         counts = [int(count) for count in image_inputs["num_patches"]]
         first = sum(counts[:image_idx])
         text = ""
@@ -820,7 +819,7 @@ class Step3VLProcessor(ProcessorMixin):
         return text + self.image_start_token + self.image_token * num_tokens + self.image_end_token
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        """How many tokens and patches pictures of these sizes, `(height, width)` in pixels, will take."""
+        """Numbers of tokens and patches for images of these sizes, `(height, width)` in pixels."""
         if image_sizes is None:
             return MultiModalData()
         image_processor = self.image_processor
