@@ -29,17 +29,17 @@ from transformers.utils import (
 from step3_vl import Step3BoundedCache
 
 
-SCRIPTS = Path(__file__).parent
-sys.path += [str(SCRIPTS / folder) for folder in ("develop", "tiny")]
+sys.path.append(str(Path(__file__).parent / "develop"))
+sys.path.append(str(Path(__file__).parent / "tiny"))
 import benchmark
 from describe import TINY
 from evaluate_tiny import answer_scenes, fresh_scenes
 from files import write_json
 
 
-GOLDENS = SCRIPTS.parent / "tests" / "goldens"
+GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPERTS = ("step3", "eager", "batched_mm", "grouped_mm", "linear")
+EXPERTS = ("step3", "eager", "batched_mm", "grouped_mm", "linear", "mapped")
 # Modules of step3-tiny, by a part of their names, and where to put them; the others are on the device.
 PLACES = {
     "two layers on the CPU": {"layers.1": "cpu", "layers.2": "cpu"},
@@ -55,7 +55,7 @@ class Quiz:
     """Drawn scenes, and questions about them whose answers step3-tiny knows."""
 
     def __init__(self, device: torch.device, count: int):
-        self.device = device
+        self.device = 0 if device.type == "cuda" else device.type  # as `device_map` takes it
         self.processor = AutoProcessor.from_pretrained(TINY)
         self.scenes = fresh_scenes(seed=7, count=count)
 
@@ -201,11 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("goldens", "dtype", "attention", "experts", "cache", "place")
     names += ("limits", "decode", "prefill", "vision", "train", "offload")
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    help = f"these, in this order, of {', '.join(names)} (default: all)"
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=help)
     parser.add_argument("--case", help="one case of a check, such as `sdpa`")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--scenes", type=int, default=6, help="with four questions or more each (default: 6)")
     parser.add_argument("--seconds", type=float, default=300, help="after which no check starts (default: 300)")
     parser.add_argument("--size", choices=benchmark.TEXT_SIZES, default="real-layer", help="(default: real-layer)")
@@ -217,6 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--directory", type=Path, help="for weights to offload (default: where temporary files go)")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     start = time.perf_counter()
@@ -226,8 +226,9 @@ def main(arguments: list[str] | None = None) -> int:
     title = ", ".join([machine.name, *(f"{name} {version}" for name, version in versions.items())])
     print(f"{title}\n\n| check | case | result | seconds |\n| --- | --- | --- | --- |", flush=True)
     rows = []
-    for name, case, call in checks(quiz, machine, options):
-        if name not in options.only or options.case not in (None, case):
+    chosen = [check for check in checks(quiz, machine, options) if check[0] in options.only]
+    for name, case, call in sorted(chosen, key=lambda check: options.only.index(check[0])):
+        if options.case not in (None, case):
             continue
         before = time.perf_counter()
         found = []

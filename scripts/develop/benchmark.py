@@ -289,11 +289,16 @@ def variants(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, P
 
 def placements(model: PreTrainedModel) -> dict[str, dict]:
     """Arguments of `from_pretrained` that leave the experts of a text model elsewhere than on its device."""
-    names = ["lm_head", *(f"model.{name}" for name, _ in model.model.named_children() if name != "layers")]
+    device = 0 if model.device.type == "cuda" else "cpu"
+    device_map = {"lm_head": device}
+    device_map |= {f"model.{name}": device for name, _ in model.model.named_children() if name != "layers"}
     for number, layer in enumerate(model.model.layers):
-        names += [f"model.layers.{number}.{name}" for name, _ in layer.named_children()]
-    device_map = {name: "cpu" if name.endswith(".moe") else model.device for name in names}
-    return {"experts on the CPU by accelerate": {"device_map": device_map}}
+        for name, _ in layer.named_children():
+            device_map[f"model.layers.{number}.{name}"] = "cpu" if name == "moe" else device
+    return {
+        "experts mapped": {"experts_implementation": "mapped", "device_map": {"": device}},
+        "experts moved by accelerate": {"device_map": device_map},
+    }
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
