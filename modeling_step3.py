@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
@@ -67,9 +67,9 @@ logger = logging.get_logger(__name__)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def obstacle_of(layer: nn.Module) -> str | None:
+def obstacle_of(layer: nn.Module, has_bias: bool = False) -> str | None:
     """Why a linear layer must be called rather than its weight used directly, or `None` if it need not be."""
-    if type(layer) is not nn.Linear or layer.bias is not None:
+    if type(layer) is not nn.Linear or (layer.bias is not None) != has_bias:
         return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
     if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
         return "has a weight that is split over ranks, quantised or offloaded"
@@ -893,6 +893,9 @@ class Step3VisionAttention(nn.Module):
 
 
 class Step3VisionMLP(nn.Module):
+    """MLP of an encoder layer. QuickGELU, x * sigmoid(1.702 x), is silu(1.702 x) / 1.702, of which the products compute
+    the factors: one pass over the wide states instead of three."""
+
     def __init__(self, config: Step3VisionEncoderConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -900,7 +903,12 @@ class Step3VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+        fc1, fc2 = self.fc1, self.fc2
+        if not isinstance(self.act_fn, QuickGELUActivation) or obstacle_of(fc1, True) or obstacle_of(fc2, True):
+            return fc2(self.act_fn(fc1(hidden_states)))
+        states = torch.addmm(1.702 * fc1.bias, hidden_states.flatten(0, -2), fc1.weight.T, alpha=1.702)
+        states = torch.addmm(fc2.bias, nn.functional.silu(states), fc2.weight.T, alpha=1 / 1.702)
+        return states.view(hidden_states.shape)
 
 
 class Step3VisionEncoderLayer(GradientCheckpointingLayer):

@@ -1,0 +1,1 @@
+"""`scripts/gpu_check.py`, on a CPU and in small."""
