@@ -185,7 +185,7 @@ class MappedExperts(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: torch.Tensor) -> tuple[float, float, float]:
-        """Seconds for an expert with one row on the CPU, for each further row, and to copy it to the GPU of `states`."""
+        """Seconds for one row of an expert on the CPU, for each further row, and to copy it to the GPU of `states`."""
         stored = self.stored(0)
         key = (states.device, states.dtype, *((tensor.shape, tensor.dtype) for tensor in stored))
         if key not in self.rates:
