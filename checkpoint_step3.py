@@ -158,7 +158,8 @@ def transforms_of(model: PreTrainedModel) -> list[WeightConverter | WeightRenami
     if form is not None:
         transforms = [entry for entry in transforms if not entry.target_patterns[0].startswith("moe.experts.")]
     if form == "mapped":
-        transforms += [WeightRenaming(rf"moe\.{name}", f"moe.experts.{name}") for name in MappedExperts.names]
+        names = MappedExperts.names + MappedExperts.scale_names
+        transforms += [WeightRenaming(rf"moe\.{name}", f"moe.experts.{name}") for name in names]
     return transforms
 
 
@@ -287,6 +288,10 @@ class Step3Checkpoint:
                 f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
                 "`quantization_config` in config.json must say how they are quantised."
             )
+        if mapped := [module for module in model.modules() if isinstance(module, MappedExperts)]:
+            model._weight_conversions = transforms_of(model)
+            if mapped[0].is_fp8:  # removed from the config when the other weights were dequantised
+                model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": mapped[0].block_size}
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -354,7 +359,6 @@ class Step3Checkpoint:
             for experts, weights, prefix in taken:
                 experts.block_size = tuple(settings.weight_block_size) if is_fp8 else experts.block_size
                 experts.map_weights(weights, prefix)
-            model._weight_conversions = transforms_of(model)
         elif settings.dequantize if is_fp8 else is_linear and quantizer is None:
             del model._weight_conversions  # so that it is saved stacked and not in fp8
         return loaded

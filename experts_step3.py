@@ -99,6 +99,7 @@ class MappedExperts(nn.Module):
     """
 
     names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    scale_names = tuple(f"{name}_scale_inv" for name in names)
     rates: dict[tuple, tuple[float, float, float]] = {}
 
     def __init__(self, config):
@@ -120,16 +121,16 @@ class MappedExperts(nn.Module):
             `ValueError`: if weights or scales are missing, or differ from the config in their number or shapes.
         """
         weights, used = {}, set()
-        for matrix, shape in zip(self.names, self.shapes, strict=True):
+        for matrix, scale, shape in zip(self.names, self.scale_names, self.shapes, strict=True):
             blocks = tuple(math.ceil(size / block) for size, block in zip(shape, self.block_size, strict=True))
-            for name, wanted in ((matrix, shape), (f"{matrix}_scale_inv", blocks)):
+            for name, wanted in ((matrix, shape), (scale, blocks)):
                 if prefix + name in tensors:
                     names, found = [prefix + name], tensors[prefix + name]
                 else:
                     single = (f"{prefix}{number}.{name}" for number in count())
                     names = list(takewhile(tensors.__contains__, single))
                     found = [tensors[name] for name in names]
-                if name != matrix and not names and weights[matrix][0].dtype.itemsize > 1:
+                if name == scale and not names and weights[matrix][0].dtype.itemsize > 1:
                     continue  # not fp8
                 shapes = {tuple(part.shape) for part in found}
                 if len(found) != self.num_experts or shapes != {wanted}:
@@ -141,6 +142,10 @@ class MappedExperts(nn.Module):
                 used.update(names)
         self.weights = weights
         return used
+
+    @property
+    def is_fp8(self) -> bool:
+        return len(self.weights) > len(self.names)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, weight in self.weights.items():
@@ -167,8 +172,7 @@ class MappedExperts(nn.Module):
 
     def stored(self, expert: int) -> list[torch.Tensor]:
         """An expert's weights as they lie in the file: three matrices and, if they are fp8, their scales."""
-        names = [*self.names, *(f"{name}_scale_inv" for name in self.names)]
-        return [self.weights[name][expert] for name in names if name in self.weights]
+        return [self.weights[name][expert] for name in self.names + self.scale_names if name in self.weights]
 
     def compute(self, states: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
         """An expert's output for `states` (rows, hidden_size), on whose device its `stored` weights are."""
@@ -185,7 +189,7 @@ class MappedExperts(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: torch.Tensor) -> tuple[float, float, float]:
-        """Seconds for an expert with one row on the CPU, for each further row, and to copy it to the GPU of `states`."""
+        """Seconds for one row of an expert on the CPU, for each further row, and to copy it to the GPU of `states`."""
         stored = self.stored(0)
         key = (states.device, states.dtype, *((tensor.shape, tensor.dtype) for tensor in stored))
         if key not in self.rates:
