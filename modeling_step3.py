@@ -344,7 +344,6 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
-@torch.no_grad()
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """transformers' `apply_rotary_pos_emb` without gradients, in half the time: adds to the halves in place."""
     (first, second), (sin, _) = (each.chunk(2, -1) for each in (states, sin[:, None]))

@@ -131,7 +131,7 @@ def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Row
         path = Path(folder, "results.json")
         command = [sys.executable, __file__, "--only", name, "--case", case, "--json", path]
         command += ["--device", options.device, "--scenes", options.scenes]
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
         if not path.exists():
             yield case, f"failed: exit status {result.returncode}: {result.stderr.strip()[-200:]}", False
             return
@@ -146,7 +146,7 @@ def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, 
         "pictures": 1,
         "original": False,
         "fuse": False,
-        "offload": False,
+        "offload": [],
         "vllm": None,
         "context": [512],
         "batch": [1],
@@ -156,7 +156,7 @@ def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, 
         "layers": options.layers,
     }
     settings = argparse.Namespace(**{**defaults, **settings})
-    with torch.set_grad_enabled(name == "train"):
+    with torch.no_grad():
         rows = benchmark.BENCHMARKS[name](machine, settings, options.size, DTYPES[options.dtype])
     for row in rows:
         case = ", ".join(f"{row[key]} {unit}" for key, unit in (("batch", "rows"), ("context", "tokens")) if key in row)
@@ -189,12 +189,12 @@ def checks(quiz: Quiz, machine: benchmark.Machine, options: argparse.Namespace) 
             yield name, case, call
     run = partial(measure, machine, options)
     yield "limits", "", partial(measure_limits, machine, options)
-    yield "decode", "", partial(run, "decode", batch=options.batch, compile=True)
+    yield "decode", "", partial(run, "decode", batch=options.batch, context=[512, 8192], compile=True)
     yield "prefill", "", partial(run, "prefill", context=options.context)
     yield "vision", "", partial(run, "vision")
     yield "train", "", partial(run, "train", context=options.context[-1:], layers=1)
-    yield "offload", "decode", partial(run, "decode", batch=options.batch[:2], offload=True, layers=1)
-    yield "offload", "prefill", partial(run, "prefill", offload=True, layers=1)
+    yield "offload", "decode", partial(run, "decode", batch=options.batch[:2], offload=["mapped"], layers=1)
+    yield "offload", "prefill", partial(run, "prefill", offload=["mapped", "accelerate"], repeats=1, layers=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,8 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # a check's failure is one of its results
             message = f"failed: {type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")
             found.append((case, message[:200], False if name in names[:6] else None))
-        gc.collect()
         torch._dynamo.reset()
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         seconds = (time.perf_counter() - before) / len(found)
