@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -87,42 +87,25 @@ def check_goldens(quiz: Quiz) -> Rows:
             yield f"{name}, {attention}", f"off by up to {max(errors):.1e}", max(errors) < 1e-4
 
 
-def check_dtype(quiz: Quiz, name: str) -> Rows:
-    yield name, *quiz.ask(quiz.load(DTYPES[name]))
-
-
-def check_attention(quiz: Quiz, name: str) -> Rows:
-    # Flex attention does not take heads of any width, and flash attention is for short types.
-    vision = "sdpa" if name == "flex_attention" else name
-    implementation = {"": name, "text_config": name, "vision_config": vision}
-    yield name, *quiz.ask(quiz.load(attn_implementation=implementation))
-
-
-def check_experts(quiz: Quiz, name: str) -> Rows:
-    yield name, *quiz.ask(quiz.load(experts_implementation=name))
-
-
-def check_cache(quiz: Quiz, name: str) -> Rows:
-    model = quiz.load()
-    if name == "bounded":
-        asking = {"cache": Step3BoundedCache(model.config, 4096), "batch_size": 10**6}
-    else:
-        asking = {"cache_implementation": name}
-    yield name, *quiz.ask(model, **asking)
-
-
-def check_place(quiz: Quiz, name: str) -> Rows:
+def places_of(name: str, device: int | str) -> dict[str, int | str]:
+    """The `device_map` of one of `PLACES`."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(TINY))
-    parts = {"model.": model.model, "model.language_model.": model.model.language_model}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY)).model
+    parts = {"model.": model, "model.language_model.": model.language_model}
+    parts["model.language_model.layers."] = model.language_model.layers
     names = ["lm_head", *(prefix + child for prefix, part in parts.items() for child, _ in part.named_children())]
-    names += [f"model.language_model.layers.{number}" for number in range(len(model.model.language_model.layers))]
-    names = [each for each in names if each not in ("model.language_model", "model.language_model.layers")]
-    device_map = {
-        each: next((place for part, place in PLACES[name].items() if part in each), quiz.device) for each in names
-    }
+    names = [each for each in names if f"{each}." not in parts]
+    return {each: next((place for part, place in PLACES[name].items() if part in each), device) for each in names}
+
+
+def check_answers(quiz: Quiz, case: str, make_loading: Callable[[], dict], cache: str | None = None) -> Rows:
+    """Answers of a model that is loaded with some arguments, or that generates with a cache."""
     with tempfile.TemporaryDirectory() as folder:
-        yield name, *quiz.ask(quiz.load(device_map=device_map, offload_folder=folder))
+        model = quiz.load(**make_loading(), offload_folder=folder)
+        asking = {"cache_implementation": cache} if cache else {}
+        if cache == "bounded":
+            asking = {"cache": Step3BoundedCache(model.config, 4096), "batch_size": 10**6}
+        yield case, *quiz.ask(model, **asking)
 
 
 def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Rows:
@@ -178,15 +161,20 @@ def checks(quiz: Quiz, machine: benchmark.Machine, options: argparse.Namespace) 
     attention += ["flash_attention_3"] * is_flash_attn_3_available()
     caches = ["dynamic", "bounded", "static", "offloaded", "offloaded_static"]
     caches += ["quantized"] * is_optimum_quanto_available()
-    cases = {"dtype": DTYPES, "attention": attention, "experts": EXPERTS, "cache": caches, "place": PLACES}
     yield "goldens", "", partial(check_goldens, quiz)
-    for name, function in zip(
-        cases, (check_dtype, check_attention, check_experts, check_cache, check_place), strict=True
-    ):
-        for case in cases[name]:
-            is_fatal = case == "offloaded_static" and options.case is None
-            call = partial(in_its_own_process, options, name, case) if is_fatal else partial(function, quiz, case)
-            yield name, case, call
+    loads = [("dtype", name, partial(dict, dtype=dtype)) for name, dtype in DTYPES.items()]
+    for name in attention:  # flex attention does not take the encoder's heads everywhere
+        vision = "sdpa" if name == "flex_attention" else name
+        implementation = {"": name, "text_config": name, "vision_config": vision}
+        loads.append(("attention", name, partial(dict, attn_implementation=implementation)))
+    loads += [("experts", name, partial(dict, experts_implementation=name)) for name in EXPERTS]
+    loads += [("place", name, lambda name=name: {"device_map": places_of(name, quiz.device)}) for name in PLACES]
+    for name, case, make_loading in loads:
+        yield name, case, partial(check_answers, quiz, case, make_loading)
+    for case in caches:
+        is_fatal = case == "offloaded_static" and options.case is None
+        check = partial(check_answers, quiz, case, dict, cache=case)
+        yield "cache", case, partial(in_its_own_process, options, "cache", case) if is_fatal else check
     run = partial(measure, machine, options)
     yield "limits", "", partial(measure_limits, machine, options)
     yield "decode", "", partial(run, "decode", batch=options.batch, context=[512, 8192], compile=True)
