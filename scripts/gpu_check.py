@@ -116,8 +116,7 @@ def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Row
         command += ["--device", options.device, "--scenes", options.scenes]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
         if not path.exists():
-            yield case, f"failed: exit status {result.returncode}: {result.stderr.strip()[-200:]}", False
-            return
+            raise RuntimeError(f"exit status {result.returncode}: {result.stderr.strip()[-150:]}")
         for row in json.loads(path.read_text())["rows"]:
             yield row["case"], row["result"], row["is_right"]
 
