@@ -343,7 +343,8 @@ class Step3Checkpoint:
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
         if (is_linear or is_mapped) and load_config.device_mesh is not None:
             raise ValueError(f"`experts_implementation={form!r}` cannot be split over ranks; use `device_map`.")
-        if is_fp8 and not settings.dequantize and torch.cuda.is_available() and not is_kernels_available():
+        keeps_fp8 = is_fp8 and not settings.dequantize and not is_mapped
+        if keeps_fp8 and torch.cuda.is_available() and not is_kernels_available():
             raise ImportError(
                 "Weights stay in fp8 on a GPU only with the package `kernels`, in the version that transformers takes: "
                 '`pip install "transformers[kernels]"`, or load the model with '
