@@ -453,6 +453,9 @@ class Step3TextAttention(Fusible):
         )
         if self.config._attn_implementation == "sdpa":
             attention_interface = share_key_value_heads(attention_interface)
+        elif self.config._attn_implementation == "flex_attention" and input_shape[1] > 1 and is_on_gpu(hidden_states):
+            # Below 128 tokens, torch would take a kernel that has no room for the tokens of so many query heads.
+            kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True})
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
