@@ -1,4 +1,4 @@
-"""Routed experts in other forms than stacked parameters: as linear layers, or mapped from the checkpoint's files."""
+"""Routed experts in other forms than stacked parameters: as linear layers, or mapped from files."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -62,6 +62,20 @@ def dequantize(
     return blocks.mul_(scale[:, None, :, None]).view_as(weight).to(dtype)
 
 
+class BlockFP8Linear(nn.Linear):
+    """Linear layer whose weight stays in block-fp8, and is dequantised when it is used."""
+
+    def __init__(self, layer: nn.Linear, block_size: tuple[int, int]):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float8_e4m3fn)
+        blocks = [math.ceil(size / block) for size, block in zip(self.weight.shape, block_size, strict=True)]
+        self.block_size = block_size
+        self.weight.requires_grad_(False)
+        self.weight_scale_inv = nn.Parameter(torch.empty(blocks, device="meta"), requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return linear(states, dequantize(self.weight, self.weight_scale_inv, self.block_size, states.dtype))
+
+
 def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
     """Copies lists of CPU tensors to a GPU through pinned memory, each list while the one before it is used."""
     main, copying, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
@@ -99,6 +113,7 @@ class MappedExperts(nn.Module):
     """
 
     names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    scale_names = tuple(f"{name}_scale_inv" for name in names)
     rates: dict[tuple, tuple[float, float, float]] = {}
 
     def __init__(self, config):
@@ -120,16 +135,16 @@ class MappedExperts(nn.Module):
             `ValueError`: if weights or scales are missing, or differ from the config in their number or shapes.
         """
         weights, used = {}, set()
-        for matrix, shape in zip(self.names, self.shapes, strict=True):
+        for matrix, scale, shape in zip(self.names, self.scale_names, self.shapes, strict=True):
             blocks = tuple(math.ceil(size / block) for size, block in zip(shape, self.block_size, strict=True))
-            for name, wanted in ((matrix, shape), (f"{matrix}_scale_inv", blocks)):
+            for name, wanted in ((matrix, shape), (scale, blocks)):
                 if prefix + name in tensors:
                     names, found = [prefix + name], tensors[prefix + name]
                 else:
                     single = (f"{prefix}{number}.{name}" for number in count())
                     names = list(takewhile(tensors.__contains__, single))
                     found = [tensors[name] for name in names]
-                if name != matrix and not names and weights[matrix][0].dtype.itemsize > 1:
+                if name == scale and not names and weights[matrix][0].dtype.itemsize > 1:
                     continue  # not fp8
                 shapes = {tuple(part.shape) for part in found}
                 if len(found) != self.num_experts or shapes != {wanted}:
@@ -141,6 +156,10 @@ class MappedExperts(nn.Module):
                 used.update(names)
         self.weights = weights
         return used
+
+    @property
+    def is_fp8(self) -> bool:
+        return len(self.weights) > len(self.names)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         for name, weight in self.weights.items():
@@ -167,8 +186,7 @@ class MappedExperts(nn.Module):
 
     def stored(self, expert: int) -> list[torch.Tensor]:
         """An expert's weights as they lie in the file: three matrices and, if they are fp8, their scales."""
-        names = [*self.names, *(f"{name}_scale_inv" for name in self.names)]
-        return [self.weights[name][expert] for name in names if name in self.weights]
+        return [self.weights[name][expert] for name in self.names + self.scale_names if name in self.weights]
 
     def compute(self, states: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
         """An expert's output for `states` (rows, hidden_size), on whose device its `stored` weights are."""
@@ -185,7 +203,7 @@ class MappedExperts(nn.Module):
 
     @torch.no_grad()
     def measure(self, states: torch.Tensor) -> tuple[float, float, float]:
-        """Seconds for an expert with one row on the CPU, for each further row, and to copy it to the GPU of `states`."""
+        """Seconds for one row of an expert on the CPU, for each further row, and to copy it to the GPU of `states`."""
         stored = self.stored(0)
         key = (states.device, states.dtype, *((tensor.shape, tensor.dtype) for tensor in stored))
         if key not in self.rates:

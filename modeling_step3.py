@@ -553,8 +553,8 @@ class Step3TextMoE(nn.Module):
         else:
             self.experts = Step3TextExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor, shared_expert: nn.Module) -> torch.Tensor:
-        """Adds the routed experts' output and that of the `shared_expert` for `hidden_states` (..., hidden_size)."""
+    def forward(self, hidden_states: torch.Tensor, compute_shared: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Adds the routed experts' output for `hidden_states` (..., hidden_size) and that of the shared expert."""
         config, implementation, dtype = self.config, self.config._experts_implementation, hidden_states.dtype
         if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(config, dtype):
             raise ValueError(
@@ -566,10 +566,10 @@ class Step3TextMoE(nn.Module):
         _, top_k_weights, top_k_index = self.gate(tokens)
         if isinstance(self.experts, MappedExperts):
             compute_routed = self.experts.begin(tokens, top_k_index, top_k_weights)
-            shared = shared_expert(hidden_states)  # by the GPU, while the CPU computes the routed experts
+            shared = compute_shared()  # by the GPU, while the CPU computes the routed experts
             return compute_routed().view(hidden_states.shape) + shared
         routed = self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
-        return routed + shared_expert(hidden_states)
+        return routed + compute_shared()
 
 
 class Step3TextDecoderLayer(GradientCheckpointingLayer):
@@ -609,7 +609,7 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         if self.is_moe:
-            hidden_states = self.moe(hidden_states, self.share_expert)
+            hidden_states = self.moe(hidden_states, partial(self.share_expert, hidden_states))
         else:
             hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
