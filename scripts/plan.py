@@ -26,8 +26,8 @@ GPU_SHARE, RESERVED = 0.9, 4 * GB
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
 VISION_LINEAR = re.compile(r"vision_model\.transformer\..*(proj|fc\d)\.weight|vit_large_projector\.weight")
-# GB a second: an NVMe drive, a server's memory, and an H100's.
-RATES = {"disk": 3, "memory": 100, "gpu": 3000}
+# GB a second: an NVMe drive, the memory of a server, and that of an H100.
+RATES = {"disk": 3, "memory": 200, "gpu": 3000}
 NOTE = """Sizes are in GB. The memory is for reading nothing from the disk again; "from disk" works with less, slowly.
 Tokens a second are estimated: bytes that a token reads over assumed rates, so no more than that."""
 HEADER = ("", "GPUs", "GB each", "memory", "disk", "fits", "reads: disk", "memory", "GPU", "tokens/s")
