@@ -28,8 +28,8 @@ NF4 = 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit
 VISION_LINEAR = re.compile(r"vision_model\.transformer\..*(proj|fc\d)\.weight|vit_large_projector\.weight")
 # GB a second: an NVMe drive, the memory of a server, and that of an H100.
 RATES = {"disk": 3, "memory": 200, "gpu": 3000}
-NOTE = """Sizes are in GB. The memory is for reading nothing from the disk again; "from disk" works with less, slowly.
-Tokens a second are estimated: bytes that a token reads over assumed rates, so no more than that."""
+NOTE = """Sizes are in GB. With less memory ("from disk"), experts are read again. Tokens a second are an estimate and a
+limit from the bytes that a token reads and assumed rates. On a CPU, fp8 is slower: it is dequantised at each use."""
 HEADER = ("", "GPUs", "GB each", "memory", "disk", "fits", "reads: disk", "memory", "GPU", "tokens/s")
 
 
@@ -56,13 +56,11 @@ def count_bytes(config) -> dict[str, dict[str, float]]:
 
 
 def place(sizes: dict[str, dict[str, float]], kind: str, cache: float, capacity: float) -> list[float]:
-    """Bytes on each GPU when layers and their parts of the cache fill one GPU after another, and none is split."""
+    """Bytes on each GPU when layers, with the `cache` of each, fill one GPU after another, and none is split."""
     layers: dict[str, float] = {}
     for name in sorted(sizes, key=lambda name: name.startswith("model.")):  # the encoder comes first
         layer = re.match(r".*?layers\.\d+|.*", name)[0]
-        layers[layer] = layers.get(layer, 0.0) + sizes[name][kind]
-    decoder = [layer for layer in layers if layer.startswith("model.layers.")]
-    layers |= {layer: layers[layer] + cache / len(decoder) for layer in decoder}
+        layers[layer] = layers.get(layer, cache if layer.startswith("model.layers.") else 0.0) + sizes[name][kind]
     gpus = [0.0]
     for size in layers.values():
         if gpus[-1] and gpus[-1] + size > capacity:
@@ -92,13 +90,11 @@ def make_plan(directory: Path, machine: argparse.Namespace) -> dict:
             "all else that a token reads": sum(size[kind] for name, size in sizes.items() if is_read(name)),
         }
 
-    def add(
-        name: str, gpus: int, gpu_bytes: float, memory: float, disk: float, reads: dict, call: str, also=""
-    ) -> None:
-        row = {"name": name, "gpus": gpus, "gpu_bytes": gpu_bytes, "memory": memory, "disk": disk, "reads": reads}
-        row["fits"] = gpus <= machine.gpus and gpu_bytes <= capacity
-        row["tokens_per_second"] = 1 / sum(size / machine.rates[source] for source, size in reads.items())
-        plan["ways"].append({**row, "call": f"AutoModelForImageTextToText.from_pretrained({call}){also}"})
+    def add(name: str, gpus: int, gpu_bytes: float, memory: float, disk: float, reads: dict, options: str) -> None:
+        way = {"name": name, "gpus": gpus, "gpu_bytes": gpu_bytes, "memory": memory, "disk": disk, "reads": reads}
+        way["fits"] = gpus <= machine.gpus and gpu_bytes <= capacity
+        way["tokens_per_second"] = 1 / sum(size / machine.rates[source] for source, size in reads.items())
+        plan["ways"].append({**way, "call": f"AutoModelForImageTextToText.from_pretrained({options}"})
 
     # Memory keeps what every token reads, if it fits, and as many experts as fit beside it.
     stored, experts, chosen, rest = plan["bytes"]["stored"].values()
@@ -107,30 +103,21 @@ def make_plan(directory: Path, machine: argparse.Namespace) -> dict:
         room = machine.memory - RESERVED - in_memory
         from_disk = chosen * (1 - min(max(room, 0) / max(experts, 1), 1)) + (rest if room < 0 and not gpus else 0)
         reads = {"disk": from_disk, "memory": chosen + in_memory - from_disk, "gpu": rest + cache - in_memory}
-        call = f'"{directory}", dtype="auto", experts_implementation="mapped"{placement}'
-        add(name, gpus, gpus * (stored - experts + cache), RESERVED + in_memory + experts, stored, reads, call)
+        options = f'"{directory}", dtype="auto", experts_implementation="mapped"{placement})'
+        add(name, gpus, gpus * (stored - experts + cache), RESERVED + in_memory + experts, stored, reads, options)
 
     plain = 'dtype=torch.bfloat16, device_map="auto"'
     dequantized = ", quantization_config=FineGrainedFP8Config(dequantize=True)" * is_fp8
-    fp8_model = directory if is_fp8 else directory.with_name(f"{directory.name}-fp8")
-    after = "" if is_fp8 else f"  # after step3 convert {directory} {fp8_model} --dtype fp8"
-    ways = [("bfloat16", directory, plain + dequantized), ("fp8", fp8_model, plain)]
-    if not is_fp8:  # which cannot be quantised again
-        ways.append(("nf4", directory, f"{plain}, quantization_config={NF4}"))
-    for kind, model, options in ways:
-        gpus = place(sizes, kind, cache, capacity)
+    ways = {"bfloat16": f'"{directory}", {plain}{dequantized})', "fp8": f'"{directory}", {plain})'}
+    if not is_fp8:
+        convert = f"step3 convert {directory} {directory}-fp8 --dtype fp8"
+        ways["fp8"] = f'"{directory}-fp8", {plain})  # after {convert}'
+        ways["nf4"] = f'"{directory}", {plain}, quantization_config={NF4})'
+    for kind, options in ways.items():
+        gpus = place(sizes, kind, cache / text.num_hidden_layers, capacity)
         weights, _, chosen, rest = plan["bytes"][kind].values()
         disk, reads = weights if kind == "fp8" else stored, {"gpu": chosen + rest + cache}
-        add(
-            f"GPUs, {kind}",
-            len(gpus),
-            max(gpus),
-            RESERVED,
-            disk,
-            reads,
-            f'"{model}", {options}',
-            after * (kind == "fp8"),
-        )
+        add(f"GPUs, {kind}", len(gpus), max(gpus), RESERVED, disk, reads, options)
 
     # Each rank holds a part of every layer, with whole experts, and all that is not split.
     styles = {"lm_head": "colwise", **{f"model.{name}": style for name, style in text.base_model_tp_plan.items()}}
@@ -144,10 +131,9 @@ def make_plan(directory: Path, machine: argparse.Namespace) -> dict:
         if gpu_bytes <= capacity or ranks == counts[-1]:
             read = rest - saved * sum(sizes[name]["bfloat16"] for name in split if is_read(name)) + cache
             read += chosen / min(ranks, text.moe_top_k)  # at best, no two of them on one rank
-            call = f'"{directory}", dtype=torch.bfloat16{dequantized}, '
-            call += f"distributed_config=DistributedConfig(tp_size={ranks})"
-            also = f"  # in a script run by torchrun --nproc-per-node {ranks}"
-            add("tensor parallel", ranks, gpu_bytes, RESERVED, stored, {"gpu": read}, call, also)
+            options = f'"{directory}", dtype=torch.bfloat16, distributed_config=DistributedConfig(tp_size={ranks})'
+            options += f"{dequantized})  # in a script that torchrun --nproc-per-node {ranks} runs"
+            add("tensor parallel", ranks, gpu_bytes, RESERVED, stored, {"gpu": read}, options)
             break
     return plan
 
@@ -157,7 +143,8 @@ def find_gpus() -> list[float]:
     if not shutil.which("nvidia-smi"):
         return []
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    return [int(mib) / 1024 for mib in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+    lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    return [int(line) / 1024 for line in lines if line.isdecimal()]
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
