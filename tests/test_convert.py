@@ -542,7 +542,7 @@ def test_engines_lists_what_each_would_do(tmp_path):
 
     assert all(verdicts == ["as here"] * 2 for verdicts in rows().values())
     assert rows('text_config.hidden_act="gelu"')["activation"] == ["wrong: computes with silu"] * 2
-    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: takes one"] * 2
+    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: supports one"] * 2
     assert rows("text_config.tie_word_embeddings=true")["output head"] == ["as here"] * 2  # the converter writes it
     rope = '{"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048, '
     rope += '"low_freq_factor": 1.0, "high_freq_factor": 4.0}'
