@@ -42,9 +42,7 @@ logging = importlib.import_module("transformers.utils.logging")
 Step3TextConfig, Step3VLConfig = configuration.Step3TextConfig, configuration.Step3VLConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CODE_FILES = tuple(
-    f"{name}_step3.py" for name in ("configuration", "checkpoint", "generation", "modeling", "processing")
-)
+CODE_FILES = tuple(sorted(path.name for path in ROOT.glob("*_step3.py")))
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # The release's block-fp8; docs/converting.md gives the sources.
 FP8_QUANTIZATION = {
