@@ -78,21 +78,12 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """
-    A tensor in a safetensors file.
+    """A tensor in a safetensors file."""
 
-    Args:
-        name: Its name in the released layout.
-        stored_name: Its name in the file.
-        path: The file.
-        dtype: Its type, as safetensors names it.
-        shape: Its shape.
-    """
-
-    name: str
-    stored_name: str
+    name: str  # in the released layout
+    stored_name: str  # in the file
     path: Path
-    dtype: str
+    dtype: str  # as safetensors names it
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -136,12 +127,7 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict:
-    """
-    The JSON object in a file.
-
-    Raises:
-        `CheckpointError`: if the file cannot be read, or `parse_json` refuses it.
-    """
+    """The JSON object in a file. Raises a `CheckpointError` if it cannot be read or `parse_json` refuses it."""
     try:
         return parse_json(path.read_bytes())
     except OSError as error:
@@ -152,11 +138,8 @@ def read_json(path: Path) -> dict:
 
 def locate(directory: Path, name: str) -> Path:
     """
-    The path of the file called `name` in `directory`.
-
-    Raises:
-        `CheckpointError`: if it is missing, not a regular file, or outside the directory; links into the hub's cache
-        are allowed.
+    The path of the file called `name` in `directory`. Raises a `CheckpointError` if it is missing, not a regular file,
+    or outside the directory; links into the hub's cache are allowed.
     """
     path, home = directory / name, directory.resolve()
     if not os.path.isfile(path):  # False for any name that the system refuses
@@ -169,12 +152,7 @@ def locate(directory: Path, name: str) -> Path:
 
 
 def read_config(directory: Path) -> Step3VLConfig | Step3TextConfig:
-    """
-    The configuration in `directory`.
-
-    Raises:
-        `CheckpointError`: if it is not a valid Step3 configuration.
-    """
+    """The configuration in `directory`. Raises a `CheckpointError` if it is not a valid one of Step3."""
     settings = read_json(locate(directory, "config.json"))
     model_type, quantization = settings.get("model_type"), settings.get("quantization_config")
     problems = []
@@ -272,10 +250,8 @@ def scale_shape(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ..
 
 def weight_block(config: Step3VLConfig | Step3TextConfig) -> tuple[int, int] | None:
     """
-    Rows and columns of the blocks that share a scale, or `None` if the config has no block-fp8.
-
-    Raises:
-        `CheckpointError`: if the config has another quantisation or an invalid block size.
+    Rows and columns of the blocks that share a scale, or `None` for a model that is not quantised. Raises a
+    `CheckpointError` if the config has another quantisation or an invalid block size.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -289,10 +265,8 @@ def weight_block(config: Step3VLConfig | Step3TextConfig) -> tuple[int, int] | N
 
 def check_tensors(config: Step3VLConfig | Step3TextConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    The tensors in the model's order, each fp8 weight followed by its scales.
-
-    Raises:
-        `CheckpointError`: if they are not those of a model of this config.
+    The tensors in the model's order, each fp8 weight followed by its scales. Raises a `CheckpointError` if they are not
+    those of a model of this config.
     """
     problems, expected, block = [], {}, weight_block(config)
     tied = config.get_text_config().tie_word_embeddings
@@ -330,10 +304,8 @@ def released_name(name: str) -> str:
 
 def read_header(directory: Path, name: str) -> list[Tensor]:
     """
-    The tensors of the safetensors file called `name` in `directory`.
-
-    Raises:
-        `CheckpointError`: if it is not a safetensors file in the directory, or its header does not match its contents.
+    The tensors of the file called `name` in `directory`. Raises a `CheckpointError` if it is not a safetensors file in
+    the directory, or its header does not match its contents.
     """
     if not name.endswith(".safetensors"):
         raise CheckpointError([f"{name!r:.200}: only safetensors files are read; pickled weights can run any code."])
@@ -351,10 +323,8 @@ def read_header(directory: Path, name: str) -> list[Tensor]:
 
 def read_index(directory: Path) -> dict[str, object] | None:
     """
-    The file of each tensor by the index, which is not checked further, or `None` if all are in one file.
-
-    Raises:
-        `CheckpointError`: if there are no weights, or the index is not valid.
+    The file of each tensor by the index, which is not checked further, or `None` if all are in one file. Raises a
+    `CheckpointError` if there are no weights or the index is not valid.
     """
     if not (directory / INDEX).exists():
         if not (directory / WEIGHTS).exists():
@@ -368,12 +338,7 @@ def read_index(directory: Path) -> dict[str, object] | None:
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """
-    Reads and checks the checkpoint in `directory`.
-
-    Raises:
-        `CheckpointError`: with everything that is wrong, by file and tensor.
-    """
+    """Reads and checks the checkpoint in `directory`. Raises a `CheckpointError` with everything that is wrong."""
     if not directory.is_dir():
         raise CheckpointError([f"{directory} is not a directory."])
     problems, unread, config, index, files, tensors = [], [], None, None, [], {}

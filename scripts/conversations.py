@@ -45,27 +45,16 @@ class BadData(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """
-    The conversation in one line.
+    """The conversation in one line."""
 
-    Args:
-        place: File and line number.
-        messages: Messages for `apply_chat_template`.
-        pictures: Path or data URI of the image for each part of type "image".
-        is_learned: For each message, whether it is trained on.
-    """
-
-    place: str
-    messages: list[dict]
-    pictures: list[str]
-    is_learned: list[bool]
+    place: str  # file and line number
+    messages: list[dict]  # for `apply_chat_template`
+    pictures: list[str]  # path or data URI of the image for each part of type "image"
+    is_learned: list[bool]  # for each message, whether it is trained on
 
 
 def check_keys(value: dict, known: tuple[str, ...]) -> None:
-    """
-    Raises:
-        `ValueError`: if keys other than `known` have content.
-    """
+    """Raises a `ValueError` if keys other than `known` have content."""
     lost = [key for key, entry in value.items() if key not in known and entry not in (None, "", [], {})]
     if lost:
         raise ValueError(f"has {', '.join(map(shown, lost))}, and only {', '.join(known)} are supported")
@@ -74,10 +63,7 @@ def check_keys(value: dict, known: tuple[str, ...]) -> None:
 def find_picture(reference: object, folder: Path) -> str:
     """
     The path of an image, given as a path from `folder` or the working directory or as a `file:` URI. A `data:` URI is
-    returned as it is.
-
-    Raises:
-        `ValueError`: if there is no such file, or the reference is something else.
+    returned as it is. Raises a `ValueError` for anything else, or if there is no such file.
     """
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"an image must be a path or a data URI, got {shown(reference)}")
@@ -98,10 +84,8 @@ def find_picture(reference: object, folder: Path) -> str:
 
 def read_part(part: object) -> str | dict:
     """
-    A part of a message: text, or `{"image": reference}` with `None` for the next of `images`.
-
-    Raises:
-        `ValueError`: if it is something else or has other content.
+    A part of a message: text, or `{"image": reference}` with `None` for the next of `images`. Raises a `ValueError` if
+    it is something else or has other content.
     """
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
@@ -126,10 +110,8 @@ def read_part(part: object) -> str | dict:
 
 def read_content(content: object) -> list[str | dict]:
     """
-    A message's texts and images, as `read_part` returns them. Placeholders in texts become images.
-
-    Raises:
-        `ValueError`: if the content is not valid.
+    A message's texts and images, as `read_part` returns them. Placeholders in texts become images. Raises a
+    `ValueError` if the content is not valid.
     """
     if not isinstance(content, (str, list)):
         raise ValueError(f"`content` must be text or a list of parts, got {shown(content)}")
@@ -153,10 +135,8 @@ def read_content(content: object) -> list[str | dict]:
 
 def is_weighted(message: dict) -> bool:
     """
-    Whether an answer is trained on, which `weight` (OpenAI) or `loss` (ms-swift) may turn off.
-
-    Raises:
-        `ValueError`: if either is not 0 or 1.
+    Whether an answer is trained on, which `weight` (OpenAI) or `loss` (ms-swift) may turn off. Raises a `ValueError` if
+    either is not 0 or 1.
     """
     weights = [message[key] for key in ("weight", "loss") if message.get(key) is not None]
     if any(weight not in (0, 1) for weight in weights):
@@ -298,9 +278,7 @@ def segments(conversation: Conversation, processor: Step3VLProcessor) -> list[tu
     """
     A conversation as alternating prompts and answers. Each is its text with an `<im_patch>` for each image, its images,
     and whether it is trained on. Each is tokenised on its own, as in generation; answers include their end token.
-
-    Raises:
-        `ValueError`: if the chat template renders earlier messages differently when messages are added.
+    Raises a `ValueError` if the chat template renders earlier messages differently when messages are added.
     """
     pieces, done, pictures = [], "", iter(conversation.pictures)
     for number, message in enumerate(conversation.messages):

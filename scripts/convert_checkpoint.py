@@ -72,23 +72,13 @@ DIFFERS = "was not written correctly."
 
 @dataclass(frozen=True)
 class Item:
-    """
-    A tensor to write.
+    """A tensor to write: `tensor` in another type, or its fp8 `"weights"` or `"scales"` in the release's blocks."""
 
-    Args:
-        name: Its name in the target.
-        tensor: The tensor that it is made from.
-        dtype: The type to write, as safetensors names it.
-        scale: The scales of `tensor` if it is fp8 and has to be dequantised.
-        block: Rows and columns that share one of these scales.
-        result: What to write: the `"cast"` tensor, or its fp8 `"weights"` or `"scales"` in the release's blocks.
-    """
-
-    name: str
+    name: str  # in the target
     tensor: Tensor
-    dtype: str
-    scale: Tensor | None = None
-    block: tuple[int, int] | None = None
+    dtype: str  # to write, as safetensors names it
+    scale: Tensor | None = None  # of `tensor`, to dequantise it
+    block: tuple[int, int] | None = None  # rows and columns that share one of these scales
     result: str = "cast"
 
     @property
@@ -100,12 +90,7 @@ class Item:
         return math.prod(self.shape) * WEIGHT_TYPES[self.dtype]
 
     def read(self):
-        """
-        The torch tensor to write.
-
-        Raises:
-            `CheckpointError`: if a number is too large for the new type.
-        """
+        """The torch tensor to write. Raises a `CheckpointError` if a number is too large for the new type."""
         import torch
 
         if self.scale is None and self.result == "cast" and self.dtype == self.tensor.dtype:
@@ -199,10 +184,8 @@ def parse_layers(text: str) -> range:
 
 def select(checkpoint: Checkpoint, layers: range | None, text_only: bool) -> tuple[object, dict[str, Tensor]]:
     """
-    The config of a part of the model, and the part's tensors by their new names.
-
-    Raises:
-        `CheckpointError`: if the model has no such layers.
+    The config of a part of the model, and the part's tensors by their new names. Raises a `CheckpointError` if the
+    model has no such layers.
     """
     config, tensors = copy.deepcopy(checkpoint.config), dict(checkpoint.tensors)
     if text_only and isinstance(config, Step3VLConfig):
@@ -242,12 +225,7 @@ def make_plan(
     layers: range | None = None,
     text_only: bool = False,
 ) -> Plan:
-    """
-    What to write for these options, which are those of the command line.
-
-    Raises:
-        `CheckpointError`: if the model has no such layers, or the size is not one.
-    """
+    """What to write for options of the command line. Raises a `CheckpointError` if they are not valid for the model."""
     config, tensors = select(checkpoint, layers, text_only)
     text_only = text_only and isinstance(checkpoint.config, Step3VLConfig)
     # The serving engines never tie weights, so the head of a tied model is written as well.
@@ -392,9 +370,8 @@ def fingerprint(checkpoint: Checkpoint, options: dict) -> dict:
 
 def check_target(checkpoint: Checkpoint, plan: Plan, target: Path, how: str) -> None:
     """
-    Raises:
-        `CheckpointError`: if `target` exists, if one of it and the source is inside the other, or if the files still to
-        be written do not fit on the disk.
+    Raises a `CheckpointError` if `target` exists, if it is inside the source or contains it, or if the files that are
+    still to be written do not fit on the disk.
     """
     source = checkpoint.directory.resolve()
     for path in (target.resolve(), partial_of(target.resolve())):
@@ -422,10 +399,8 @@ def partial_of(target: Path) -> Path:
 def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
     """
     Writes `plan` to `target`, which appears only when it is complete. Until then the files are in `TARGET.partial`,
-    where the same call resumes.
-
-    Raises:
-        `CheckpointError`: if `target` exists, or another run to it is in progress or unfinished.
+    where the same call resumes. Raises a `CheckpointError` if `target` exists, or another run is writing it or has
+    stopped.
     """
     partial = partial_of(target)
     package, run_file = partial / "package", partial / "run.json"
@@ -465,12 +440,7 @@ def total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
 
 
 def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, verify: bool) -> None:
-    """
-    Writes the files that are not in `package` yet.
-
-    Raises:
-        `CheckpointError`: if a number is too large for its new type, or `verify` finds a difference.
-    """
+    """Writes the files that are not in `package` yet. Raises a `CheckpointError` if a tensor cannot be converted."""
     with naming(package / "config.json"):
         plan.config.save_pretrained(package)
     copy_files(checkpoint.directory, package, isinstance(plan.config, Step3VLConfig))
@@ -504,10 +474,8 @@ def has_same_bits(tensor, other) -> bool:
 
 def write_checksums(plan: Plan, package: Path) -> None:
     """
-    Compares every weight file with the source, and writes the SHA-256 of each as `sha256sum --check` reads it.
-
-    Raises:
-        `CheckpointError`: if a file or tensor differs.
+    Compares every weight file with the source, and writes the SHA-256 sums as `sha256sum --check` reads them. Raises a
+    `CheckpointError` if a file or tensor differs.
     """
     lines, problems = [], []
     for name in tqdm(sorted(plan.shards.keys() | plan.linked.keys()), desc="Verifying", unit="file"):
@@ -531,10 +499,8 @@ def write_checksums(plan: Plan, package: Path) -> None:
 
 def resolve(source: str) -> Path:
     """
-    The directory of a checkpoint, downloaded if `source` is a hub id.
-
-    Raises:
-        `CheckpointError`: if there is neither such a directory nor such a repository.
+    The directory of a checkpoint, downloaded if `source` is a hub id. Raises a `CheckpointError` if there is neither
+    such a directory nor such a repository.
     """
     path = Path(source)
     if path.exists() or source.count("/") != 1:

@@ -33,10 +33,8 @@ def describe(
     max_new_tokens: int = 256,
 ) -> None:
     """
-    Streams the answer of a model, given as a directory or hub id, to `prompt` about the image.
-
-    Raises:
-        `OSError`: if the image or the model cannot be read.
+    Streams the answer of a model, given as a directory or hub id, to `prompt` about the image. Raises an `OSError` if
+    the image or the model cannot be read.
     """
     with Image.open(picture) as image:  # before the model is loaded, which can take minutes
         image.load()
@@ -61,10 +59,8 @@ def describe(
 
 def ask_server(picture: Path, prompt: str, server: str, max_new_tokens: int = 256) -> None:
     """
-    Streams the answer of the model at `server`, an address as serve.py prints it, to `prompt` about the image.
-
-    Raises:
-        `OSError`: if the image cannot be read, or the server cannot be reached or refuses the request.
+    Streams the answer of the model at `server`, an address as serve.py prints it, to `prompt` about the image. Raises
+    an `OSError` if the image cannot be read, or the server cannot be reached or refuses the request.
     """
     with Image.open(picture) as image, BytesIO() as file:
         image.save(file, "PNG", exif=image.getexif())  # a format that every server reads

@@ -61,10 +61,8 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
 
 def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """
-    A model's image and patch size in pixels and image tokens, by the names of `RELEASED_SIZES`.
-
-    Raises:
-        `CheckpointError`: if the processor's sizes are not positive integers.
+    A model's image and patch size in pixels and image tokens, by the names of `RELEASED_SIZES`. Raises a
+    `CheckpointError` if the processor's sizes are not positive integers.
     """
     settings, config = processor_settings(checkpoint), checkpoint.config
     size = settings.get("size") or {}

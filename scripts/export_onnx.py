@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 from describe import TINY
-from files import replacing
+from files import new_directory, replacing
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, logging
@@ -79,7 +79,7 @@ def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="directory to create; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument(
         "--model",
         default=TINY,
@@ -88,8 +88,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    if arguments.directory.exists():
-        parser.error(f"{arguments.directory} exists already; choose another directory or remove it.")
     is_whole = isinstance(AutoConfig.from_pretrained(arguments.model), step3_vl.Step3VLConfig)
     auto_class = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
     # ONNX has no operators for the other implementations of experts.

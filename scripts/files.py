@@ -1,5 +1,6 @@
 """Writes files and directories that appear only when they are complete, and parses untrusted JSON and data: URLs."""
 
+import argparse
 import base64
 import errno
 import json
@@ -60,6 +61,13 @@ def write_json(path: Path, value: dict) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def new_directory(text: str) -> Path:
+    """Parses the option for a directory to create."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} exists already; choose another directory or remove it")
+    return Path(text)
+
+
 def save_whole(directory: Path, *parts) -> None:
     """Saves a model and its processor in `directory`."""
     with replacing(directory) as unfinished:
@@ -75,10 +83,8 @@ def shown(value: object) -> str:
 
 def parse_json(data: bytes) -> dict:
     """
-    The JSON object in `data`, which is UTF-8.
-
-    Raises:
-        `ValueError`: if it is not a JSON object, repeats a key, is nested too deeply or contains NaN or an infinity.
+    The JSON object in `data`, which is UTF-8. Raises a `ValueError` if it is something else, repeats a key, is nested
+    too deeply or contains NaN or an infinity.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -110,12 +116,7 @@ def parse_json(data: bytes) -> dict:
 
 
 def picture_of(url: str) -> bytes:
-    """
-    The image file in a data: URL.
-
-    Raises:
-        `ValueError`: if it is not the base64 data: URL of an image.
-    """
+    """The image file in a base64 data: URL. Raises a `ValueError` if it is not one."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError(f"a data: URL must start with data:image/...;base64, got {shown(head)}")

@@ -178,11 +178,7 @@ def prepare_data(
 ) -> tuple[list[Conversation], list[Conversation], Step3VLConfig, Step3VLProcessor]:
     """
     The conversations for training and evaluation, the config and the processor. Only the first process checks images
-    and lengths.
-
-    Raises:
-        `BadData`: if any conversation has an error.
-        `OSError`: if a file or the model cannot be read.
+    and lengths. Raises `BadData` if a conversation has an error, or an `OSError` if a file or the model cannot be read.
     """
     is_first = PartialState().is_main_process
     faults = []
@@ -292,12 +288,9 @@ def merge(arguments: argparse.Namespace, processor: Step3VLProcessor) -> None:
 
 def check_output(arguments: argparse.Namespace) -> dict:
     """
-    The options and hashes of the data, which must be the same when a training is resumed.
-
-    Raises:
-        `FileExistsError`: if OUTPUT exists without `--resume`, or the training is finished.
-        `FileNotFoundError`: if there is nothing to resume.
-        `ValueError`: if the options or the data have changed.
+    The options and hashes of the data, which must be the same when a training is resumed. Raises a `FileExistsError` if
+    OUTPUT exists without `--resume` or the training is finished, a `FileNotFoundError` if there is nothing to resume,
+    or a `ValueError` if the options or the data have changed.
     """
     output, settings = arguments.output, {}
     for name, value in vars(arguments).items():
@@ -320,12 +313,7 @@ def check_output(arguments: argparse.Namespace) -> dict:
 
 
 def finetune(arguments: argparse.Namespace) -> None:
-    """
-    Runs the training, the merge, or both.
-
-    Raises:
-        `BadData`, `OSError`, `ValueError`: if the options, the data or the model do not allow it.
-    """
+    """Trains, merges, or both. Raises `BadData`, `OSError` or `ValueError` if the options, data or model are wrong."""
     settings = check_output(arguments)
     data, evaluation, config, processor = prepare_data(arguments)
     if getattr(config, "quantization_config", None):

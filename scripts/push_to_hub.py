@@ -69,11 +69,8 @@ CONTENTS = {
 
 def check_package(checkpoint: Checkpoint) -> list[Path]:
     """
-    The files of the model in a directory.
-
-    Raises:
-        `CheckpointError`: with everything that must not be uploaded: code and classes that are not the package's,
-        secrets, and files that are not part of a model.
+    The files of the model in a directory. Raises a `CheckpointError` with everything that must not be uploaded: other
+    code and classes than the package's, secrets, and files that are not part of a model.
     """
     directory, problems, files = checkpoint.directory, [], []
     weights = {path.name for path in checkpoint.paths}
@@ -131,10 +128,8 @@ def base_model_of(checkpoint: Checkpoint) -> str | None:
 
 def complete_card(directory: Path, repo_id: str, task: str, base_model: str | None, licence: str) -> str:
     """
-    The text of the directory's model card, with missing metadata and usage added.
-
-    Raises:
-        `CheckpointError`: if the metadata of an existing card cannot be read.
+    The text of the directory's model card, with missing metadata and usage added. Raises a `CheckpointError` if the
+    metadata of an existing card cannot be read.
     """
     path = directory / "README.md"
     try:

@@ -73,35 +73,20 @@ def refusal_response(error: Exception) -> JSONResponse:
 
 @dataclass(frozen=True)
 class Rules:
-    """
-    What clients of a server may do.
+    """What clients of a server may do."""
 
-    Args:
-        folder: Directory from which images may be read by path; `None` for none.
-        domains: Hosts from which images may be fetched.
-        sizes: Image sizes to add to every request for vLLM, if they are not the released ones.
-        takes_pictures: Whether the model takes images.
-        takes_stop: Whether the engine supports `stop`; transformers 5.24 fails on it with image models.
-        starts_streams_early: Whether the engine sends status 200 for a stream before it knows that it can answer.
-    """
-
-    folder: str | None = None
-    domains: tuple[str, ...] = ()
-    sizes: dict[str, int] | None = None
+    folder: str | None = None  # from which images may be read by path
+    domains: tuple[str, ...] = ()  # hosts from which images may be fetched
+    sizes: dict[str, int] | None = None  # to add to every request for vLLM, if they are not the released ones
     takes_pictures: bool = True
-    takes_stop: bool = True
-    starts_streams_early: bool = False
+    takes_stop: bool = True  # transformers 5.24 fails on `stop` with image models
+    starts_streams_early: bool = False  # whether the engine sends status 200 before it knows that it can answer
 
     def to_environment(self) -> dict[str, str]:
         return {RULES: json.dumps(asdict(self))}
 
     def check(self, path: str, data: bytes) -> bytes:
-        """
-        The body of a request, as the engine gets it.
-
-        Raises:
-            `Refusal`: if the request is not allowed or not valid.
-        """
+        """The body of a request, as the engine gets it. Raises a `Refusal` if it is not allowed or not valid."""
         try:
             body = parse_json(data)
         except ValueError as error:

@@ -59,11 +59,8 @@ def find_vllm() -> str | None:
 
 def parser_options(directory: Path, thinks: bool) -> list[str]:
     """
-    vLLM's options for tool calls, if the tokenizer has their tokens, and for reasoning, if the prompt starts it.
-
-    Raises:
-        `ServingError`: if there is no chat template, which vLLM needs, or if `thinks` and the model has no token for
-        the end of its reasoning.
+    vLLM's options for tool calls, if the tokenizer has their tokens, and for reasoning, if the prompt starts it. Raises
+    a `ServingError` if there is no chat template, or if `thinks` and the model has no token for the end of reasoning.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -92,9 +89,7 @@ def parser_options(directory: Path, thinks: bool) -> list[str]:
 def engine_command(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """
     The command that serves a checkpoint, to be run in its parent directory, and the environment variables to add.
-
-    Raises:
-        `ServingError`: if the engine is not installed or cannot serve the checkpoint.
+    Raises a `ServingError` if the engine is not installed or cannot serve the checkpoint.
     """
     name, takes_pictures = checkpoint.directory.name, isinstance(checkpoint.config, Step3VLConfig)
     sizes = picture_sizes(checkpoint) if takes_pictures else RELEASED_SIZES
@@ -144,10 +139,8 @@ def is_free(host: str, port: int) -> bool:
 
 def wait_until_ready(server: subprocess.Popen, url: str) -> None:
     """
-    Waits until a server answers, without a time limit, because models can take long to load.
-
-    Raises:
-        `ServingError`: if it stops first.
+    Waits until a server answers, without a time limit, because models can take long to load. Raises a `ServingError` if
+    the server stops first.
     """
     while True:
         try:

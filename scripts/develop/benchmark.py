@@ -184,18 +184,11 @@ def cpu_name() -> str:
 
 @dataclass
 class Case:
-    """
-    Something to measure.
+    """Something to measure, compared with the case whose name has `original` as `what` and is otherwise the same."""
 
-    Args:
-        name: Values for the table's columns. One is `what`; the case it is compared with has `original` there instead.
-        call: Runs it once. If it returns a float, that is its time in seconds.
-        work: The least number of bytes to read or of operations.
-    """
-
-    name: dict[str, str | int]
-    call: Callable[[], float | object]
-    work: float
+    name: dict[str, str | int]  # values of the table's columns
+    call: Callable[[], float | object]  # runs it once; a float is its time in seconds
+    work: float  # least number of bytes to read, or of operations
 
 
 def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], float], repeats: int) -> list[dict]:

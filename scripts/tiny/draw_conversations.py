@@ -13,7 +13,7 @@ from draw_scene import NUMBERS, Scene, draw_scene, sentence
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import replacing
+from files import new_directory, replacing
 
 
 QUESTION = "What is there?"
@@ -31,12 +31,7 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
     """
     Writes `train.jsonl` and `test.jsonl` with `counts` conversations each, and their images, to `directory`. Every
     second training conversation has a question that step3-tiny knows, so that it does not forget those.
-
-    Raises:
-        `FileExistsError`: if `directory` exists.
     """
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another directory or remove it.")
     with replacing(directory) as unfinished:
         for name, count in counts.items():
             (unfinished / name).mkdir(parents=True)
@@ -56,16 +51,13 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="directory to create; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument(
         "--train", type=int, default=2000, help="number of training conversations (default: %(default)s)"
     )
     parser.add_argument("--test", type=int, default=200, help="number of test conversations (default: %(default)s)")
     arguments = parser.parse_args()
-    try:
-        draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
-    except FileExistsError as error:
-        parser.error(str(error))
+    draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import save_whole
+from files import new_directory, save_whole
 
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -99,15 +99,9 @@ def make_random_model(
     directory: Path, overrides: list[str] = (), patch_size: int | None = None, dtype: str = "float32", seed: int = 0
 ) -> None:
     """
-    Saves a random model with its processor in `directory`.
-
-    Raises:
-        `FileExistsError`: if `directory` exists.
-        `ValueError`: if an override is not `KEY=VALUE`.
-        `huggingface_hub.errors.StrictDataclassError`: if the config is not valid.
+    Saves a random model with its processor in `directory`. Raises a `ValueError` if an override is not `KEY=VALUE`, or
+    a `StrictDataclassError` if the config is not valid.
     """
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another directory or remove it.")
     tokenizer = make_tokenizer()
     settings = json.loads(json.dumps(TINY))
     settings["image_token_id"] = tokenizer.convert_tokens_to_ids("<im_patch>")
@@ -148,7 +142,7 @@ def main() -> None:
         description=__doc__.split("\n", 1)[0],
         epilog="The keys of --set are those of config.json, for example text_config.hidden_size=256.",
     )
-    parser.add_argument("directory", type=Path, help="directory to create; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -163,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         make_random_model(**vars(arguments))
-    except (FileExistsError, ValueError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:
         parser.error(str(error))
     print(arguments.directory)
 

@@ -24,7 +24,7 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import save_whole
+from files import new_directory, save_whole
 
 
 # A picture of 240 px takes 9 tokens, one for each cell of a square scene, and a patch of 160 px takes 4.
@@ -256,15 +256,11 @@ def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: S
 
 def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
     """
-    Trains the model and saves it in `directory`. `Trainer` saves its checkpoints in `directory` with `-training` added.
-
-    Raises:
-        `FileExistsError`: if `directory` exists, or there is an unfinished training without `resume`.
-        `FileNotFoundError`: if there is nothing to resume.
+    Trains the model and saves it in `directory`, with the checkpoints of `Trainer` beside it. Raises a
+    `FileExistsError` if there is an unfinished training without `resume`, or a `FileNotFoundError` if there is nothing
+    to resume.
     """
     unfinished = directory.with_name(f"{directory.name}-training")
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another directory or remove it.")
     if unfinished.exists() and not resume:
         raise FileExistsError(f"{unfinished} has an unfinished training; resume it with --resume or remove it.")
     if resume and (not unfinished.exists() or get_last_checkpoint(unfinished) is None):
@@ -309,7 +305,7 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="directory to create; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument("--quick", action="store_true", help="train a worse model in under three minutes")
     parser.add_argument("--steps", type=int, help="number of steps (default: 14000, or 300 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: %(default)s)")
