@@ -323,9 +323,7 @@ class VLLM:
         chosen = logits.gather(-1, answers[..., None])[..., 0]
         below = ((logits.amax(-1) - chosen) / logits.std(-1).clamp(min=1e-6)).max().item()
         equal = (logits.argmax(-1) == answers).float().mean().item()
-        print(
-            f"vLLM's tokens: {equal:.0%} are the package's, the others up to {below:.3f} standard deviations below it"
-        )
+        print(f"vLLM's tokens: {equal:.0%} are the package's, others up to {below:.3f} standard deviations below")
         if below > 0.5:
             sys.exit("vLLM's answers differ from the package's.")
 
