@@ -39,7 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_step3 import LinearExperts, Step3Checkpoint
+from .checkpoint_step3 import Step3Checkpoint
 from .configuration_step3 import (
     Step3TextConfig,
     Step3VisionEncoderConfig,
@@ -47,6 +47,7 @@ from .configuration_step3 import (
     gathers_uneven_outputs,
     set_on_package,
 )
+from .experts_step3 import LinearExperts, MappedExperts
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, max_length_of, one_cache
 
 
@@ -545,10 +546,15 @@ class Step3TextMoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Step3TextTopKRouter(config)
-        is_linear = config._experts_implementation == "linear"
-        self.experts = LinearExperts(config, Step3TextMLP) if is_linear else Step3TextExperts(config)
+        if config._experts_implementation == "linear":
+            self.experts = LinearExperts(config, Step3TextMLP)
+        elif config._experts_implementation == "mapped":
+            self.experts = MappedExperts(config)
+        else:
+            self.experts = Step3TextExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, compute_shared: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Adds the routed experts' output for `hidden_states` (..., hidden_size) and that of the shared expert."""
         config, implementation, dtype = self.config, self.config._experts_implementation, hidden_states.dtype
         if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(config, dtype):
             raise ValueError(
@@ -558,7 +564,12 @@ class Step3TextMoE(nn.Module):
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
-        return self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        if isinstance(self.experts, MappedExperts):
+            compute_routed = self.experts.begin(tokens, top_k_index, top_k_weights)
+            shared = compute_shared()  # by the GPU, while the CPU computes the routed experts
+            return compute_routed().view(hidden_states.shape) + shared
+        routed = self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        return routed + compute_shared()
 
 
 class Step3TextDecoderLayer(GradientCheckpointingLayer):
@@ -598,7 +609,7 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         if self.is_moe:
-            hidden_states = self.moe(hidden_states) + self.share_expert(hidden_states)
+            hidden_states = self.moe(hidden_states, partial(self.share_expert, hidden_states))
         else:
             hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
