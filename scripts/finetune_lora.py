@@ -22,14 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from conversations import (
-    BadData,
-    Conversation,
-    check_pictures,
-    check_tokens,
-    read_conversations,
-    segments,
-)
+from conversations import BadData, Conversation, check_pictures, check_tokens, read_conversations, segments
 from datasets import Dataset
 from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel

@@ -198,8 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", 1)[0],
-        epilog="Options after -- are passed to the engine's own `serve` command.",
+        description=__doc__.split("\n", 1)[0], epilog="Options after -- are passed to the engine's own `serve` command."
     )
     parser.add_argument("directory", type=Path, help="a checkpoint that convert_checkpoint.py --check accepts")
     parser.add_argument(

@@ -39,13 +39,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from step3_vl import (
-    Step3TextConfig,
-    Step3VisionEncoderConfig,
-    Step3VLConfig,
-    Step3VLImageProcessor,
-    Step3VLModel,
-)
+from step3_vl import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, Step3VLImageProcessor, Step3VLModel
 from step3_vl.generation_step3 import CACHE_NAME
 
 
