@@ -45,12 +45,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_FILES = tuple(sorted(path.name for path in ROOT.glob("*_step3.py")))
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # The release's block-fp8; docs/converting.md gives the sources.
-FP8_QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
+FP8_QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+FP8_QUANTIZATION["weight_block_size"] = [128, 128]
 FP8_BLOCK = (128, 128)
 # Bytes per element of the types that weights and fp8 scales may have.
 WEIGHT_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
@@ -186,11 +182,8 @@ def expected_shapes(config: Step3VLConfig | Step3TextConfig) -> dict[str, tuple[
     keys = text.num_attention_groups * text.head_dim
 
     def gated(width: int, *experts: int) -> dict[str, tuple[int, ...]]:
-        return {
-            "gate_proj": (*experts, width, hidden),
-            "up_proj": (*experts, width, hidden),
-            "down_proj": (*experts, hidden, width),
-        }
+        inner = (*experts, width, hidden)
+        return {"gate_proj": inner, "up_proj": inner, "down_proj": (*experts, hidden, width)}
 
     shapes = {"model.embed_tokens.weight": (text.vocab_size, hidden)}
     for i in range(text.num_hidden_layers):
@@ -313,12 +306,10 @@ def read_header(directory: Path, name: str) -> list[Tensor]:
     try:
         with safe_open(path, "np") as file:  # "np" needs no torch
             slices = {key: file.get_slice(key) for key in file.keys()}
-            return [
-                Tensor(released_name(key), key, path, part.get_dtype(), tuple(part.get_shape()))
-                for key, part in slices.items()
-            ]
+            headers = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError([f"{name}: cannot be read: {error}."]) from None
+    return [Tensor(released_name(key), key, path, *header) for key, header in headers.items()]
 
 
 def read_index(directory: Path) -> dict[str, object] | None:

@@ -92,9 +92,7 @@ def read_part(part: object) -> str | dict:
         check_keys(part, ("type", "text"))
         return part["text"]
     if kind not in ("image", "image_url"):
-        raise ValueError(
-            f'a part must be of the type "text", "image" or "image_url" and have its content, got {shown(part)}'
-        )
+        raise ValueError(f'a part must be of the type "text", "image" or "image_url" and complete, got {shown(part)}')
     check_keys(part, ("type", *PICTURE_KEYS))
     keys = [key for key in PICTURE_KEYS if part.get(key) is not None]
     if len(keys) > 1 or (kind == "image_url" and not keys):
@@ -236,9 +234,7 @@ def read_conversations(path: Path, faults: list[str]) -> list[Conversation]:
                 continue
             num_lines += 1
             if num_lines == 1 and line.lstrip().startswith(b"["):
-                faults.append(
-                    f"{path}:{number}: starts a JSON array: write one object per line, without commas between them"
-                )
+                faults.append(f"{path}:{number}: starts a JSON array: write one object per line, without commas")
                 return []
             place = f"{path}:{number}"
             conversation = read_conversation(

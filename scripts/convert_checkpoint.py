@@ -113,9 +113,8 @@ class Item:
         height = self.block[0] if self.block else 1
         multiple = math.lcm(FP8_BLOCK[0], height)
         step = multiple * max(CHUNK // (4 * multiple * self.tensor.shape[-1]), 1)
-        matrices = [
-            tensor.read().view(-1, *tensor.shape[-2:]) for tensor in (self.tensor, self.scale) if tensor is not None
-        ]
+        sources = [tensor for tensor in (self.tensor, self.scale) if tensor is not None]
+        matrices = [tensor.read().view(-1, *tensor.shape[-2:]) for tensor in sources]
         for matrix, *scales in zip(*matrices, strict=True):
             if not scales:
                 yield from matrix.split(step)
@@ -523,19 +522,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only check the source and list all problems")
     parser.add_argument("--engines", action="store_true", help="only list what vLLM and SGLang do with the target")
     parser.add_argument("--check-finite", action="store_true", help="also check for NaN and infinite weights")
-    parser.add_argument("--verify", action="store_true", help=f"read everything back, compare, and write {CHECKSUMS}")
+    parser.add_argument("--verify", action="store_true", help=f"read back and compare all weights; write {CHECKSUMS}")
     placing = parser.add_argument_group("linking").add_mutually_exclusive_group()
-    placing.add_argument(
-        "--symlink", dest="how", action="store_const", const="symlink", help="symbolic instead of hard links"
-    )
+    placing.add_argument("--symlink", dest="how", action="store_const", const="symlink", help="use symbolic links")
     placing.add_argument("--copy", dest="how", action="store_const", const="copy", help="copy instead of linking")
     rewriting = parser.add_argument_group("rewriting")
     rewriting.add_argument("--dtype", choices=[*DTYPES, "fp8"], help="type of all weights; fp8: as in the fp8 release")
     rewriting.add_argument("--max-shard-size", metavar="SIZE", help="maximum size of a file (default: 5GB)")
     rewriting.add_argument("--to-single", action="store_true", help=f"write a single file, {WEIGHTS}")
-    rewriting.add_argument(
-        "--layers", type=parse_layers, metavar="A-B", help="keep only these layers, renumbered from 0"
-    )
+    rewriting.add_argument("--layers", type=parse_layers, metavar="A-B", help="keep only these layers, renumbered")
     rewriting.add_argument("--text-only", action="store_true", help="keep only the language model")
     arguments = parser.parse_args(arguments)
     if arguments.target is None and not (arguments.check or arguments.engines):

@@ -79,9 +79,7 @@ def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 
 def is_released(name: str, value: object) -> bool:
     """Whether a setting of the image processor is the one that the engines assume."""
-    given, released = (
-        entry if isinstance(entry, list | tuple) else [entry] for entry in (value, RELEASED_PIXELS[name])
-    )
+    given, released = (x if isinstance(x, list | tuple) else [x] for x in (value, RELEASED_PIXELS[name]))
     return len(given) == len(released) and all(
         isinstance(number, int | float) and math.isclose(number, wanted, rel_tol=1e-6)
         for number, wanted in zip(given, released, strict=True)

@@ -13,7 +13,7 @@ import torch
 from describe import TINY
 from files import new_directory, replacing
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, logging
 
 import step3_vl
@@ -51,27 +51,22 @@ class TextModel(nn.Module):
         return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
 
-def export(part: nn.Module, example: torch.Tensor, num_dynamic: int) -> ExportedProgram:
-    """Exports a part whose argument may have any size in its first `num_dynamic` dimensions."""
-    with torch.no_grad():
-        return torch.export.export(part, (example,), dynamic_shapes=(dict.fromkeys(range(num_dynamic), Dim.DYNAMIC),))
-
-
+@torch.no_grad()
 def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -> float:
     """
     Writes a part as ONNX. Returns the largest difference between the outputs of the part and the file for arguments of
     several sizes, relative to the largest value.
     """
+    shapes = (dict.fromkeys(range(num_dynamic), Dim.DYNAMIC),)  # the first dimensions may have any size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        program = torch.onnx.export(export(part, example, num_dynamic), verbose=False)
+        program = torch.onnx.export(torch.export.export(part, (example,), dynamic_shapes=shapes), verbose=False)
         program.save(path, external_data=True)  # an ONNX file alone is limited to 2 GB
     session = onnxruntime.InferenceSession(path)
     differences = []
     for count in (1, 2, 5):
         argument = example.repeat(*[count] * num_dynamic, *[1] * (example.ndim - num_dynamic))[count - 1 :]
-        with torch.no_grad():
-            expected = part(argument)
+        expected = part(argument)
         (actual,) = session.run(None, {session.get_inputs()[0].name: argument.numpy()})
         differences.append(float((torch.from_numpy(actual) - expected).abs().max() / expected.abs().max()))
     return max(differences)

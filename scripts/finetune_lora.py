@@ -291,9 +291,7 @@ def check_output(arguments: argparse.Namespace) -> dict:
             settings[name] = hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value
     if not arguments.resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise FileExistsError(
-                f"{output} exists already: resume with --resume, choose another directory or remove it"
-            )
+            raise FileExistsError(f"{output} exists already: use --resume, choose another directory or remove it")
         return settings
     if not (output / SETTINGS).exists():
         raise FileNotFoundError(f"there is no training to resume in {output}")
@@ -367,9 +365,7 @@ def main() -> None:
         default="attention,mlp",
         help=f"what to train, a list of {','.join(TARGET_NAMES)} (default: %(default)s)",
     )
-    parser.add_argument(
-        "--eval", type=Path, help="file of evaluation conversations (default: a held-out part of the data)"
-    )
+    parser.add_argument("--eval", type=Path, help="file of evaluation conversations (default: part of the data)")
     parser.add_argument("--merge", action="store_true", help="also save the merged model")
     parser.add_argument("--resume", action="store_true", help="resume an interrupted training, or merge it")
     parser.add_argument("--4bit", dest="four_bit", action="store_true", help="QLoRA: load the weights as 4-bit nf4")
@@ -378,15 +374,11 @@ def main() -> None:
     parser.add_argument("--rank", type=count, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--epochs", type=number(float), default=1.0, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=count, default=8, help="per process (default: %(default)s)")
-    parser.add_argument(
-        "--gradient-accumulation", type=count, default=1, help="batches per step (default: %(default)s)"
-    )
+    parser.add_argument("--gradient-accumulation", type=count, default=1, help="batches per step (default: 1)")
     parser.add_argument("--learning-rate", type=number(float, most=1), help="(default: depends on the model's width)")
+    parser.add_argument("--max-length", type=count, help="tokens of a conversation (default: the model's positions)")
     parser.add_argument(
-        "--max-length", type=count, help="maximum tokens of a conversation (default: the model's positions)"
-    )
-    parser.add_argument(
-        "--ask", type=count, default=32, help="answers to generate at an evaluation (default: %(default)s)"
+        "--ask", type=count, default=32, help="answers to generate for evaluation (default: %(default)s)"
     )
     parser.add_argument(
         "--save-steps",

@@ -162,9 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="ID",
         help=f"base model, if the card has none; '' for none (default: {RELEASED} if the model has its sizes)",
     )
-    parser.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="licence, if the card has none (default: %(default)s)"
-    )
+    license_help = "licence, if the card has none (default: %(default)s)"
+    parser.add_argument("--license", default="apache-2.0", metavar="ID", help=license_help)
     arguments = parser.parse_args(arguments)
     directory, repo_id = arguments.directory, arguments.repo_id
     try:

@@ -158,9 +158,7 @@ class Rules:
         image = part.get("image_url") if kind == "image_url" else None
         url = image.get("url") if isinstance(image, dict) else image
         if not isinstance(url, str):
-            raise Refusal(
-                f"`{where}.content` must be a list of parts with a `text` or an `image_url`, got {part!r:.100}."
-            )
+            raise Refusal(f"`{where}.content` must list parts with a `text` or an `image_url`, got {part!r:.100}.")
         if not self.takes_pictures:
             raise Refusal("This model does not take images.")
         part.clear()

@@ -77,9 +77,7 @@ def parser_options(directory: Path, thinks: bool) -> list[str]:
     if prompt.rstrip().endswith(THINK_START) and can_end:
         options += ["--reasoning-parser", "step3"]
     elif thinks:
-        needed = (
-            f"a chat template that starts answers with {THINK_START}, and {THINK_END} as a token that is not special"
-        )
+        needed = f"a template that starts answers with {THINK_START}, and {THINK_END} as a token that is not special"
         raise ServingError(f"--thinking needs {needed}.")
     if thinks:
         options += ["--default-chat-template-kwargs", '{"enable_thinking": true}']
@@ -201,19 +199,14 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n", 1)[0], epilog="Options after -- are passed to the engine's own `serve` command."
     )
     parser.add_argument("directory", type=Path, help="a checkpoint that convert_checkpoint.py --check accepts")
-    parser.add_argument(
-        "--engine", choices=["transformers", "vllm"], help="(default: vllm if installed, else transformers)"
-    )
-    parser.add_argument(
-        "--host", default=LOOPBACK, help="address to listen on (default: %(default)s, only this machine)"
-    )
+    parser.add_argument("--engine", choices=["transformers", "vllm"], help="(default: vllm if installed)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--thinking", action="store_true", help="let the model reason before it answers")
     pictures = parser.add_argument_group("images", "Requests contain their images as data: URLs. Also accept:")
     pictures.add_argument("--pictures-from", type=Path, metavar="FOLDER", help="paths of images in this folder")
-    pictures.add_argument(
-        "--pictures-from-host", action="append", default=[], metavar="HOST", help="URLs of images on this host"
-    )
+    host_help = "URLs of images on this host"
+    pictures.add_argument("--pictures-from-host", action="append", default=[], metavar="HOST", help=host_help)
     parsed = parser.parse_args(arguments[:end])
     parsed.options = arguments[end + 1 :]
     parsed.engine = parsed.engine or ("vllm" if find_vllm() else "transformers")

@@ -703,7 +703,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=positive, default=8, help="images to encode (default: 8)")
     parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
     parser.add_argument(
-        "--vllm", type=Path, metavar="DIRECTORY", help="also measure vLLM; created by scripts/develop/engines.sh"
+        "--vllm", type=Path, metavar="DIRECTORY", help="also measure vLLM; made by scripts/develop/engines.sh"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--context", nargs="+", type=positive, default=[512], help="tokens before (default: 512)")

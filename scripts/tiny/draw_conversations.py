@@ -52,10 +52,8 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
-    parser.add_argument(
-        "--train", type=int, default=2000, help="number of training conversations (default: %(default)s)"
-    )
-    parser.add_argument("--test", type=int, default=200, help="number of test conversations (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=2000, help="training conversations (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="test conversations (default: %(default)s)")
     arguments = parser.parse_args()
     draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
 
