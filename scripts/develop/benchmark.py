@@ -200,18 +200,21 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
             own.append(machine.seconds(case.call))
     rows = []
     for case, own, limit in zip(cases, seconds, limits, strict=True):
-        original = seconds[[other.name for other in cases].index({**case.name, "what": "original"})]
         row = {**case.name, "seconds": statistics.median(own), "low": min(own), "high": max(own)}
         row["limit_seconds"] = statistics.median(limit)
-        for ratio, others in (("of_limit", limit), ("against_original", original)):
+        beside = {"of_limit": limit}
+        for other, its_own in zip(cases, seconds, strict=True):
+            if other.name == {**case.name, "what": "original"}:
+                beside["against_original"] = its_own
+        for ratio, others in beside.items():
             row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
         rows.append(row)
     return rows
 
 
 def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: argparse.Namespace) -> PreTrainedModel:
-    """A random model on the device, the same each time. At the released dimensions only the weights that select experts
-    are random. The others are zero, which is faster to create and takes as long to read."""
+    """A random model on the device, always the same. On a CPU at the released dimensions, only the weights that select
+    experts are random. The others are zero, which is faster to create and takes as long to read."""
     sizes = dict(TEXT_SIZES[size])
     if size == "real-layer":
         sizes["num_hidden_layers"] = 1 + options.layers
@@ -228,18 +231,42 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
     for name, parameter in model.named_parameters():
         if name.endswith(("embed_tokens.weight", "moe.gate.weight")):
             parameter.normal_()
+        elif machine.device.type == "cuda":  # which multiplies zeros faster
+            parameter.normal_(float(parameter.ndim == 1), 0.02)
         else:
             parameter.fill_(parameter.ndim == 1)
     return model
 
 
 def variants(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The models to measure, by name. All but the fused one share their weights."""
-    models = {"original": as_original(model), "package": model}
+    """The models to measure, by name, with equal weights."""
+    models = {"original": as_original(model)} if options.original else {}
+    models["package"] = model
     if options.fuse:
         models["package, fused"] = on_same_weights(model)
         models["package, fused"].fuse(*FUSIONS)
+    if options.offload:
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            model.save_pretrained(folder)
+            for what in options.offload:
+                models[f"package, {what}"] = type(model).from_pretrained(
+                    folder, dtype=model.dtype, **placements(model)[what]
+                )
     return models
+
+
+def placements(model: PreTrainedModel) -> dict[str, dict]:
+    """Arguments of `from_pretrained` that leave the experts of a text model elsewhere than on its device."""
+    device = 0 if model.device.type == "cuda" else "cpu"
+    device_map = {"lm_head": device}
+    device_map |= {f"model.{name}": device for name, _ in model.model.named_children() if name != "layers"}
+    for number, layer in enumerate(model.model.layers):
+        for name, _ in layer.named_children():
+            device_map[f"model.layers.{number}.{name}"] = "cpu" if name == "moe" else device
+    return {
+        "mapped": {"experts_implementation": "mapped", "device_map": {"": device}},
+        "accelerate": {"device_map": device_map},  # copies all experts for each token
+    }
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
@@ -436,10 +463,8 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
         rows = (side // vision_config.patch_size) ** 2 + 4
         weights = vision_config.hidden_size * (4 * vision_config.hidden_size + 2 * vision_config.intermediate_size)
         flops += number * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
-    cases = [
-        Case({"what": "original"}, one_at_a_time, flops),
-        Case({"what": "package"}, partial(model.get_image_features, views, patches, counts), flops),
-    ]
+    cases = [Case({"what": "original"}, one_at_a_time, flops)] if options.original else []
+    cases.append(Case({"what": "package"}, partial(model.get_image_features, views, patches, counts), flops))
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
     return [{**row, "pictures_per_second": count / row["seconds"]} for row in rows]
 
@@ -493,6 +518,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """A forward and backward pass over `context` tokens."""
     plain = make_text_model(size, dtype, machine, options).train()
+    models = [("original", as_original(plain))] * options.original + [("package", plain)]
     multiplied = active_weights(plain, 1)[1]
 
     @torch.enable_grad()
@@ -505,7 +531,7 @@ def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dt
         for batch in options.batch:
             ids = torch.randint(10, plain.config.vocab_size, (batch, context), device=machine.device)
             work = 3 * batch * context * (2 * multiplied + attention_flops(plain.config, context))
-            for what, model in (("original", as_original(plain)), ("package", plain)):
+            for what, model in models:
                 name = {"context": context, "batch": batch, "what": what}
                 cases.append(Case(name, partial(step, model, ids), work))
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
@@ -602,22 +628,14 @@ BENCHMARKS = {
     "load": benchmark_load,
     "train": benchmark_train,
 }
-LIMITS = {
-    "decode": "reading",
-    "prefill": "products",
-    "vision": "products",
-    "preprocess": "reading",
-    "train": "products",
-}
+LIMITS = dict.fromkeys(("prefill", "vision", "train"), "products") | dict.fromkeys(("decode", "preprocess"), "reading")
 
 
 def print_table(name: str, rows: list[dict]) -> None:
-    columns = ("size", "dtype", "pictures", "context", "batch", "what", "ms", "spread", "of limit", "x original")
-    table = []
+    names = ("size", "dtype", "pictures", "context", "batch", "what")
+    columns, table = (*names, "ms", "spread", "of limit", "x original"), []
     for row in rows:
-        cells = {
-            column: str(row.get(column, "")) for column in ("size", "dtype", "pictures", "context", "batch", "what")
-        }
+        cells = {column: str(row.get(column, "")) for column in names}
         cells["ms"] = f"{row['seconds'] * 1e3:.1f}"
         cells["spread"] = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
         cells["of limit"] = f"{row['of_limit']:.2f}" if "of_limit" in row else ""
@@ -701,7 +719,11 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=1, help="MoE layers of real-layer (default: 1)")
     parser.add_argument("--experts", type=positive, help="experts per MoE layer (default: the size's)")
     parser.add_argument("--pictures", type=positive, default=8, help="images to encode (default: 8)")
+    parser.add_argument("--no-original", dest="original", action="store_false", help="leave out the original algorithm")
     parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
+    parser.add_argument(
+        "--offload", nargs="+", choices=("mapped", "accelerate"), default=[], help="also measure experts on the CPU"
+    )
     parser.add_argument(
         "--vllm", type=Path, metavar="DIRECTORY", help="also measure vLLM; made by scripts/develop/engines.sh"
     )

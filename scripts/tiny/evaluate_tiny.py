@@ -43,11 +43,12 @@ def fresh_scenes(seed: int, count: int) -> list[Scene]:
 
 
 def answer_scenes(
-    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, **options
+    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, device=None, **options
 ) -> list[Answer]:
     """
     The model's greedy answer to each question about `scenes`, in batches of conversations with one question. Without
-    patches, the model only sees the pictures' global views. `options` are passed to `generate`.
+    patches, the model only sees the pictures' global views. Inputs are moved to `device`, by default the model's;
+    `options` are passed to `generate`.
     """
     questions = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
     side = processor.image_processor.size["height"]
@@ -68,7 +69,7 @@ def answer_scenes(
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
-            ).to(model.device)
+            ).to(device or model.device)
             output = model.generate(**inputs, do_sample=False, **options)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers += [Answer(*question, text) for question, text in zip(batch, texts, strict=True)]
