@@ -239,6 +239,9 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
     for prefix in layers.keys() - experts.keys():  # layers that the model does not have
         others |= layers.pop(prefix)
     loaded = PreTrainedModel._load_pretrained_model(model, others, checkpoint_files, load_config)
+    for module in model.modules():
+        if isinstance(module, BlockFP8Linear):
+            module.requires_grad_(False)
     for prefix, module in experts.items():
         if is_fp8:
             module.block_size = tuple(settings.weight_block_size)
