@@ -138,7 +138,7 @@ def locate(directory: Path, name: str) -> Path:
     """
     path, home = directory / name, directory.resolve()
     if not os.path.isfile(path):  # False for any name that the system refuses
-        raise CheckpointError([f"{name!r:.200} is missing or not a regular file."])
+        raise CheckpointError([f"{name!r:.200} is missing from {directory} or not a regular file."])
     target = path.resolve()
     in_cache = home.parent.name == "snapshots" and target.parent == home.parents[1] / "blobs"
     if target.parent != home and not in_cache:
