@@ -1,4 +1,4 @@
-"""The command `step3`: runs the scripts that users need, each loaded only when it is asked for."""
+"""The command `step3`, which runs one of the scripts for users. Only that script is imported."""
 
 import argparse
 import ast
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 SCRIPTS = Path(__file__).parent
-# The module of each command, and the extra that it needs.
+# The module and the optional dependencies of each command.
 COMMANDS = {
     "convert": ("convert_checkpoint", None),
     "plan": ("plan", None),
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def summary(module: str) -> str:
-    """The first line of a script's docstring, read without importing it."""
+    """The first line of a script's docstring, without importing the script."""
     return ast.get_docstring(ast.parse((SCRIPTS / f"{module}.py").read_text())).split("\n", 1)[0]
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "step3",
         usage="step3 COMMAND ...",
-        description="Works with checkpoints of Step3-VL. `step3 COMMAND --help` says more.",
+        description="Commands for Step3-VL checkpoints. `step3 COMMAND --help` describes one.",
         epilog="commands:\n"
         + "\n".join(f"  {command:9} {summary(module)}" for command, (module, _) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,7 +39,7 @@ def main() -> None:
     command = parser.parse_args(sys.argv[1:2]).command
     module, extra = COMMANDS[command]
     sys.argv[:2] = [f"step3 {command}"]
-    sys.path.insert(0, str(SCRIPTS))  # the scripts import each other as when they run by themselves
+    sys.path.insert(0, str(SCRIPTS))  # where the scripts import each other from
     try:
         script = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,12 +1,12 @@
-"""Block-fp8 as Step3's release has it: e4m3 numbers, and a float32 scale for each block of 128 by 128 of them."""
+"""Block-fp8 as in Step3's release: e4m3 numbers with a float32 scale for each block of 128 by 128."""
 
 import math
 
 import torch
 
 
-LARGEST = 448.0  # of e4m3
-# Below it, what the smallest e4m3 number times the scale is would no longer be a normal number.
+LARGEST = 448.0  # the largest e4m3 number
+# Under a smaller scale, the smallest e4m3 number would stand for a subnormal float32.
 SMALLEST_SCALE = 2.0**-117
 
 
@@ -18,8 +18,7 @@ def spread(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """
-    The e4m3 numbers that come nearest to a matrix when they are multiplied by the scales of their blocks; of two that
-    are equally near, the even one.
+    The e4m3 numbers that, multiplied by their blocks' scales, are nearest to a matrix. Ties go to the even number.
 
     Args:
         weight: (rows, columns), float32.
@@ -28,8 +27,8 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) 
     """
     factors = spread(scale, block, weight.shape)
     ratio = (weight / factors).contiguous()
-    # The division rounds, and may put a ratio half-way between two e4m3 numbers, which is then rounded to the wrong
-    # one. What is half-way has at most five binary digits, and is pushed to the side that the exact ratio is on.
+    # The division may round a ratio to the midpoint between two e4m3 numbers, which might then round to the wrong one.
+    # Midpoints have at most five binary digits; move those ratios to the side of the exact ratio.
     short = (ratio.view(-1).view(torch.int32) & 0x7FFFF == 0).nonzero().squeeze(1)
     rounded = ratio.view(-1)[short]
     side = weight.reshape(-1)[short].double() - rounded.double() * factors.reshape(-1)[short].double()  # exact
@@ -40,12 +39,12 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) 
 
 def choose_scales(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """
-    The scale of each block of a matrix: its largest number, rounded to bfloat16, divided by 448, the largest e4m3
-    number, and 2^-117 at least.
+    The scale of each block of a matrix: its largest absolute number, rounded to bfloat16, divided by 448, the largest
+    e4m3 number; at least 2^-117.
 
-    So the largest number is still the same when the quantised block is dequantised in bfloat16, and the same scale is
-    chosen again. A block that loses nothing by a power of two, but would by the scale above, was quantised with powers
-    of two before, and the smallest that fits is its scale.
+    The largest number then survives quantising and dequantising in bfloat16, so the same scale is chosen again. A block
+    that is exact under a power of two, but not under the scale above, was quantised with powers of two before; its
+    scale is the smallest that fits.
 
     Args:
         weight: (rows, columns), float32, finite.
@@ -60,16 +59,16 @@ def choose_scales(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     largest = torch.maximum(blocks.amax((2, 3)), -blocks.amin((2, 3)))
     largest = largest.clamp(max=torch.finfo(torch.bfloat16).max).bfloat16().float()
     scale = (largest / LARGEST).clamp(min=SMALLEST_SCALE)
-    # Numbers of four binary digits, as e4m3 has them, in every place of a block: only then another scale is tried.
+    # A block can only be exact under a power of two if all its numbers have the four binary digits of e4m3.
     short = (blocks.view(torch.int32) & 0xFFFFF).amax((2, 3)) == 0
     if not short.any():
         return scale
     suspects, chosen = blocks[short], scale[short]
     fraction, exponent = torch.frexp(chosen)
-    power = torch.ldexp(torch.ones_like(chosen), exponent - (fraction == 0.5).int())  # the next one up
+    power = torch.ldexp(torch.ones_like(chosen), exponent - (fraction == 0.5).int())  # the next power of two
 
     def keeps(scales: torch.Tensor) -> torch.Tensor:
-        """Which of the suspects come back in bfloat16."""
+        """Which of the suspects are unchanged after quantising and dequantising in bfloat16."""
         matrices = zip(suspects, scales.view(-1, 1, 1), strict=True)
         restored = torch.stack([quantize(matrix, scale, block).float() * scale for matrix, scale in matrices])
         return (restored.bfloat16() == suspects).all(2).all(1)

@@ -1,8 +1,8 @@
 """
-What the serving engines would do with a model: the facts behind `convert_checkpoint.py --engines`, the warnings of it
-and of `push_to_hub.py`, and the options that `serve.py` gives.
+What the serving engines do with a model: for `convert_checkpoint.py --engines`, its warnings and those of
+`push_to_hub.py`, and the options that `serve.py` gives them.
 
-vLLM 0.32.0 was run on small models of each kind. SGLang 0.5.23 was read; its loader alone was run.
+vLLM 0.32.0 was run on small models of each kind. For SGLang 0.5.23, the code was read and only the loader was run.
 """
 
 import math
@@ -19,11 +19,11 @@ from checkpoint_files import (
 )
 
 
-ENGINES = ("vLLM 0.32.0", "SGLang 0.5.23")
+ENGINES = {"vllm": "vLLM 0.32.0", "sglang": "SGLang 0.5.23"}
 AS_HERE = "as here"
-# What both take for granted, in pixels and image tokens, by the names of vLLM's processor.
+# The image sizes that both engines assume, in pixels and image tokens, by the names of vLLM's processor.
 RELEASED_SIZES = {"image_size": 728, "patch_size": 504, "num_image_feature_size": 169, "num_patch_feature_size": 81}
-# What neither reads of a processor's settings, and takes for granted.
+# The processor settings that both assume without reading them.
 RELEASED_PIXELS = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
@@ -33,20 +33,14 @@ RELEASED_PIXELS = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
 }
-# By type of the rotary embedding, for either engine; others were not run.
-ROPE_TYPES = {
-    "default": (AS_HERE, AS_HERE),
-    "linear": (AS_HERE, "not run"),
-    "dynamic": (AS_HERE, "not run"),
-    "yarn": ("error: asks the config for another name", "not run"),
-    "llama3": ("error: asks the config for another name", "not run"),
-    "longrope": ("error: asks the config for another name", "not run"),
-}
+# What vLLM does with types of rotary embedding other than the default, with which SGLang was not run.
+ROPE_TYPES = {"linear": AS_HERE, "dynamic": AS_HERE}
+ROPE_TYPES |= dict.fromkeys(("yarn", "llama3", "longrope"), "error: needs another name in the config")
 
 
 @dataclass(frozen=True)
 class Fact:
-    """What the engines make of one property of a model: `as here`, or else an error or a wrong answer, and why."""
+    """What each engine does with one property of a model: `as here`, or an error or a wrong answer and why."""
 
     subject: str
     value: str
@@ -55,9 +49,9 @@ class Fact:
 
 
 def processor_settings(checkpoint: Checkpoint) -> dict:
-    """What a checkpoint says about its pictures; the released ones say nothing."""
+    """The image processor's settings in a checkpoint; the released checkpoints have none."""
     settings = {}
-    for name in ("preprocessor_config.json", "processor_config.json"):  # the later one has the last word
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second takes precedence
         if (checkpoint.directory / name).exists():
             loaded = read_json(locate(checkpoint.directory, name))
             part = loaded.get("image_processor")
@@ -67,10 +61,8 @@ def processor_settings(checkpoint: Checkpoint) -> dict:
 
 def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """
-    The sizes of a model's pictures in pixels and image tokens, by the names of `RELEASED_SIZES`.
-
-    Raises:
-        `CheckpointError`: if the processor's are none.
+    A model's image and patch size in pixels and image tokens, by the names of `RELEASED_SIZES`. Raises a
+    `CheckpointError` if the processor's sizes are not positive integers.
     """
     settings, config = processor_settings(checkpoint), checkpoint.config
     size = settings.get("size") or {}
@@ -79,50 +71,48 @@ def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
         settings.get("patch_size", RELEASED_SIZES["patch_size"]),
     ]
     if not all(type(side) is int and side > 0 for side in sides):
-        raise CheckpointError([f"processor_config.json: sizes of pictures must be positive numbers, got {sides}."])
+        raise CheckpointError([f"processor_config.json: image sizes must be positive integers, got {sides!r:.200}."])
     patch_size, stride = config.vision_config.patch_size, config.understand_projector_stride
     tokens = [configuration.num_image_tokens(side, patch_size, stride) for side in sides]
     return dict(zip(RELEASED_SIZES, sides + tokens, strict=True))
 
 
 def is_released(name: str, value: object) -> bool:
-    """Whether a setting of the processor is what the engines take for granted."""
-    released = RELEASED_PIXELS[name]
-    if isinstance(released, tuple):
-        return isinstance(value, list | tuple) and len(value) == 3 and all(map(is_close, value, released))
-    return is_close(value, released)
-
-
-def is_close(value: object, other: float) -> bool:
-    return isinstance(value, int | float) and math.isclose(value, other, rel_tol=1e-6)
+    """Whether a setting of the image processor is the one that the engines assume."""
+    given, released = (x if isinstance(x, list | tuple) else [x] for x in (value, RELEASED_PIXELS[name]))
+    return len(given) == len(released) and all(
+        isinstance(number, int | float) and math.isclose(number, wanted, rel_tol=1e-6)
+        for number, wanted in zip(given, released, strict=True)
+    )
 
 
 def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig, has_head: bool) -> list[Fact]:
     """
-    What the engines would do with the model of a checkpoint, or with a part of it: `config` is the part's, and
-    `has_head` whether its `lm_head.weight` is on disk.
+    What the engines do with the model of a checkpoint or a part of it. `config` describes the part, and `has_head` says
+    whether its `lm_head.weight` is on disk.
     """
     text = config.get_text_config()
-    rope_type, part = text.rope_parameters["rope_type"], text.rope_parameters.get("partial_rotary_factor") or 1
-    rope = ROPE_TYPES.get(rope_type, ("not run", "not run")) if part == 1 else ("wrong: turns others", "not run")
-    head = AS_HERE if has_head else "wrong: random, for they never tie"
+    rope_type, share = text.rope_parameters["rope_type"], text.rope_parameters.get("partial_rotary_factor") or 1
+    rope = (AS_HERE, AS_HERE) if rope_type == "default" else (ROPE_TYPES.get(rope_type, "not run"), "not run")
+    if share != 1:
+        rope_type, rope = f"{rope_type}, {share} of each head", ("wrong: rotates other dimensions", "not run")
+    head = AS_HERE if has_head else "wrong: random, because it is never tied"
     activation = AS_HERE if text.hidden_act == "silu" else "wrong: computes with silu"
-    groups = AS_HERE if text.num_attention_groups == 1 else "error: takes one"
+    groups = AS_HERE if text.num_attention_groups == 1 else "error: supports one"
     facts = [
         Fact("output head", "its own" if has_head else "tied", head, head),
         Fact("activation", text.hidden_act, activation, activation),
         Fact("key/value heads", str(text.num_attention_groups), groups, groups),
-        Fact("rotary embedding", rope_type if part == 1 else f"{rope_type}, {part} of each head", *rope),
+        Fact("rotary embedding", rope_type, *rope),
     ]
     if isinstance(config, Step3TextConfig):
         return [*facts, Fact("part", "the text model", sglang="error: has no class for it")]
     settings, sizes = processor_settings(checkpoint), picture_sizes(checkpoint)
     changed = [name for name in RELEASED_PIXELS if name in settings and not is_released(name, settings[name])]
-    pixels = f"wrong: takes no {', '.join(changed)}" if changed else AS_HERE
+    pixels = f"wrong: ignores {', '.join(changed)}" if changed else AS_HERE
+    by_sizes = ("error, except through serve.py; cut as for 728 and 504 px", "wrong: uses 728 and 504 px")
     if sizes == RELEASED_SIZES:
         by_sizes = (AS_HERE, AS_HERE)
-    else:  # the sizes at which they cut are fixed in both
-        by_sizes = ("error, but by serve.py; cut as 728 and 504 px", "wrong: takes 728 and 504 px")
     in_words = "{image_size} and {patch_size} px, {num_image_feature_size} and {num_patch_feature_size} tokens"
     return [
         *facts,
@@ -132,18 +122,18 @@ def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig
 
 
 def table(facts: list[Fact]) -> str:
-    """The facts as lines, a column for each engine."""
-    rows = [("", "this model", *ENGINES), *((fact.subject, fact.value, fact.vllm, fact.sglang) for fact in facts)]
+    """The facts as text, with a column for each engine."""
+    rows = [("", "this model", *ENGINES.values())]
+    rows += [(fact.subject, fact.value, fact.vllm, fact.sglang) for fact in facts]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def warnings(facts: list[Fact]) -> list[str]:
-    """What is not as here, a line for each."""
+    """A line for each difference between an engine and this package."""
     return [
         f"Warning: {engine}, {fact.subject} ({fact.value}): {verdict}."
-        for engine, name in zip(ENGINES, ("vllm", "sglang"), strict=True)
+        for name, engine in ENGINES.items()
         for fact in facts
-        for verdict in [getattr(fact, name)]
-        if verdict != AS_HERE
+        if (verdict := getattr(fact, name)) != AS_HERE
     ]

@@ -1,4 +1,4 @@
-"""Exports a Step3 model to ONNX in parts, and compares each part with the model by onnxruntime.
+"""Exports a Step3 model to ONNX in parts, and compares each part with the model in onnxruntime.
 
 python scripts/export_onnx.py DIRECTORY
 python scripts/export_onnx.py DIRECTORY --model checkpoints/step3-tiny
@@ -11,22 +11,22 @@ from pathlib import Path
 import onnxruntime
 import torch
 from describe import TINY
-from files import replacing
+from files import new_directory, replacing
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, logging
 
 import step3_vl
 
 
-# Rounding errors of float32, as a share of the largest value.
+# Largest difference, relative to the largest value, that float32 rounding may cause.
 TOLERANCE = 1e-5
 
 
 class PictureEncoder(nn.Module):
     """
     The vision encoder and the projector: pixels (pictures, channels, side, side) to features (pictures, image tokens,
-    hidden_size). Global views and patches differ in `side`, and are encoded alike.
+    hidden_size). Global views and patches only differ in `side`.
     """
 
     def __init__(self, model: "step3_vl.Step3VLForConditionalGeneration"):
@@ -37,24 +37,10 @@ class PictureEncoder(nn.Module):
         return self.model.project(self.model.vision_model(pixel_values).last_hidden_state)
 
 
-class Embeddings(nn.Module):
-    """
-    Tokens (batch, tokens) to embeddings (batch, tokens, hidden_size), where pictures' features take the places of their
-    image tokens.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.embed_tokens = model.get_input_embeddings()
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.embed_tokens(input_ids)
-
-
 class TextModel(nn.Module):
     """
-    The decoder and the head, without a cache: embeddings (batch, tokens, hidden_size) to logits (batch, tokens,
-    vocab_size).
+    The decoder and the head, without a cache: embeddings (batch, tokens, hidden_size), in which the picture features
+    have replaced the image tokens, to logits (batch, tokens, vocab_size).
     """
 
     def __init__(self, model: nn.Module):
@@ -65,27 +51,22 @@ class TextModel(nn.Module):
         return self.model(inputs_embeds=inputs_embeds, use_cache=False).logits
 
 
-def export(part: nn.Module, example: torch.Tensor, num_dynamic: int) -> ExportedProgram:
-    """A part as a program that takes its argument's first `num_dynamic` dimensions in any size."""
-    with torch.no_grad():
-        return torch.export.export(part, (example,), dynamic_shapes=(dict.fromkeys(range(num_dynamic), Dim.DYNAMIC),))
-
-
+@torch.no_grad()
 def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -> float:
     """
-    Writes a part as ONNX, and returns its largest difference to what is written, as a share of its largest value, over
-    arguments of several sizes.
+    Writes a part as ONNX. Returns the largest difference between the outputs of the part and the file for arguments of
+    several sizes, relative to the largest value.
     """
+    shapes = (dict.fromkeys(range(num_dynamic), Dim.DYNAMIC),)  # the first dimensions may have any size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        program = torch.onnx.export(export(part, example, num_dynamic), verbose=False)
-        program.save(path, external_data=True)  # a file of ONNX alone holds 2 GB at most
+        program = torch.onnx.export(torch.export.export(part, (example,), dynamic_shapes=shapes), verbose=False)
+        program.save(path, external_data=True)  # an ONNX file alone is limited to 2 GB
     session = onnxruntime.InferenceSession(path)
     differences = []
     for count in (1, 2, 5):
         argument = example.repeat(*[count] * num_dynamic, *[1] * (example.ndim - num_dynamic))[count - 1 :]
-        with torch.no_grad():
-            expected = part(argument)
+        expected = part(argument)
         (actual,) = session.run(None, {session.get_inputs()[0].name: argument.numpy()})
         differences.append(float((torch.from_numpy(actual) - expected).abs().max() / expected.abs().max()))
     return max(differences)
@@ -93,7 +74,7 @@ def save(part: nn.Module, path: Path, example: torch.Tensor, num_dynamic: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="where to put the files; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument(
         "--model",
         default=TINY,
@@ -102,16 +83,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    if arguments.directory.exists():
-        parser.error(f"{arguments.directory} exists already; choose another place or remove it.")
     is_whole = isinstance(AutoConfig.from_pretrained(arguments.model), step3_vl.Step3VLConfig)
     auto_class = AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
-    # The other implementations of experts take steps that ONNX does not know.
+    # ONNX has no operators for the other implementations of experts.
     model = auto_class.from_pretrained(arguments.model, dtype=torch.float32, experts_implementation="batched_mm").eval()
     text_config = model.config.get_text_config()
     tokens = torch.arange(14).view(2, 7) % text_config.vocab_size
     parts = {
-        "embeddings": (Embeddings(model), tokens, ("batch", "tokens")),
+        "embeddings": (model.get_input_embeddings(), tokens, ("batch", "tokens")),
         "text_model": (TextModel(model), torch.randn(2, 7, text_config.hidden_size), ("batch", "tokens")),
     }
     if is_whole:

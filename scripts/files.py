@@ -1,5 +1,6 @@
-"""Files and folders that are there whole or not at all; JSON and data: URLs from elsewhere, read strictly."""
+"""Writes files and directories that appear only when they are complete, and parses untrusted JSON and data: URLs."""
 
+import argparse
 import base64
 import errno
 import json
@@ -16,8 +17,8 @@ MAX_JSON_DEPTH = 50
 
 
 @contextmanager
-def blaming(path: Path) -> Iterator[None]:
-    """A full disk while `path`, or a file beside it, is written is an `OSError` that names it, not what is copied."""
+def naming(path: Path) -> Iterator[None]:
+    """Makes the `OSError` of a full disk name `path`, or the file beside it that was being written, not a source."""
     try:
         yield
     except SafetensorError as error:
@@ -32,11 +33,11 @@ def blaming(path: Path) -> Iterator[None]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    A free name beside `path`, for a file or a folder, which becomes `path` when all is written, whole even if the power
-    is cut.
+    Yields a temporary path beside `path` for a file or directory, and renames it to `path` when it is complete and on
+    the disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with blaming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         yield unfinished
         sync(unfinished)
@@ -60,6 +61,13 @@ def write_json(path: Path, value: dict) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def new_directory(text: str) -> Path:
+    """Parses the option for a directory to create."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} exists already; choose another directory or remove it")
+    return Path(text)
+
+
 def save_whole(directory: Path, *parts) -> None:
     """Saves a model and its processor in `directory`."""
     with replacing(directory) as unfinished:
@@ -68,17 +76,15 @@ def save_whole(directory: Path, *parts) -> None:
 
 
 def shown(value: object) -> str:
-    """A value for a message, in ASCII and not too long of it."""
+    """The value as JSON in ASCII for a message, at most 60 characters long."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def parse_json(data: bytes) -> dict:
     """
-    The JSON object in UTF-8.
-
-    Raises:
-        `ValueError`: if it is none, repeats a key, is nested too deeply or holds what JSON does not know.
+    The JSON object in `data`, which is UTF-8. Raises a `ValueError` if it is something else, repeats a key, is nested
+    too deeply or contains NaN or an infinity.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -87,13 +93,13 @@ def parse_json(data: bytes) -> dict:
             raise ValueError(f"has the key {shown(max(keys, key=keys.count))} twice in one object")
         return dict(pairs)
 
-    def no_number(name: str):
-        raise ValueError(f"is not JSON: {name} is no number")
+    def refuse(name: str):
+        raise ValueError(f"is not JSON: {name} is not a number")
 
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_number)
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 text: byte {error.start + 1}") from None
+        raise ValueError(f"is not UTF-8: byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg}, at character {error.pos + 1}") from None
     except RecursionError:
@@ -110,16 +116,11 @@ def parse_json(data: bytes) -> dict:
 
 
 def picture_of(url: str) -> bytes:
-    """
-    The file in a data: URL of a picture.
-
-    Raises:
-        `ValueError`: if it is no such URL.
-    """
+    """The image file in a base64 data: URL. Raises a `ValueError` if it is not one."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ValueError(f"a data: URL must begin with data:image/...;base64, got {shown(head)}")
+        raise ValueError(f"a data: URL must start with data:image/...;base64, got {shown(head)}")
     try:
         return base64.b64decode(data, validate=True)
     except ValueError as error:
-        raise ValueError(f"the data: URL of a picture is not base64: {error}") from None
+        raise ValueError(f"the data: URL is not base64: {error}") from None

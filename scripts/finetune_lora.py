@@ -1,11 +1,11 @@
-"""Fine-tunes a Step3-VL on conversations with pictures by LoRA, or QLoRA with --4bit.
+"""Fine-tunes a Step3-VL model on conversations with images, using LoRA, or QLoRA with --4bit.
 
 python scripts/finetune_lora.py MODEL DATA.jsonl OUTPUT
 python scripts/finetune_lora.py MODEL DATA.jsonl OUTPUT --target attention,mlp,experts --eval TEST.jsonl --merge
 accelerate launch --num_processes 2 scripts/finetune_lora.py MODEL DATA.jsonl OUTPUT
 
-OUTPUT/adapter is what was learned, and OUTPUT/merged, with --merge, a whole model. `conversations.py` says what a line
-of the data looks like. All of them are checked before the model is loaded.
+Writes the adapter to OUTPUT/adapter and, with --merge, the whole model to OUTPUT/merged. `conversations.py` describes
+the data, which is checked before the model is loaded.
 """
 
 import argparse
@@ -22,14 +22,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from conversations import (
-    BadData,
-    Conversation,
-    check_pictures,
-    check_tokens,
-    read_conversations,
-    segments,
-)
+from conversations import BadData, Conversation, check_pictures, check_tokens, read_conversations, segments
 from datasets import Dataset
 from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
@@ -49,46 +42,44 @@ from trl import SFTConfig, SFTTrainer
 from step3_vl import Step3VLConfig, Step3VLProcessor
 
 
-# The layers that each word of --target stands for, as a pattern of their names.
+# The layers for each word of --target, as patterns of their names.
 TARGETS = {
     "attention": r".*\.layers\.\d+\.self_attn\.(q_proj|wq|k_proj|v_proj|o_proj)",
     "mlp": r".*\.layers\.\d+\.(mlp|share_expert)\.(gate_proj|up_proj|down_proj)",
     "experts": r".*\.moe\.experts\..*_proj",
     "vision": r".*vision_model\..*\.(qkv_proj|out_proj|fc1|fc2)|.*\.vit_large_projector",
 }
-# Experts that are no layers but stacked weights, one tensor for all; and what is trained whole, for words that the
-# model has never said.
+# The weights of stacked experts, and the layers to train in full for words that the model never generates.
 STACKED_EXPERTS = ["moe.experts.gate_up_proj", "moe.experts.down_proj"]
 VOCABULARY = ["embed_tokens", "lm_head"]
 TARGET_NAMES = (*TARGETS, "vocabulary")
-# The best rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), fitted it over widths of
-# text models as 5e-4 * (2000 / width) ** 0.78 (the exponent lies between 0.775 and 0.781).
+# The best learning rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), fitted it for text
+# models as 5e-4 * (2000 / width) ** 0.78 (the exponent is between 0.775 and 0.781).
 RATE, WIDTH, EXPONENT = 5e-4, 2000, 0.78
-# Without a file of its own, one conversation of so many is kept for evaluation, and at most so many in all.
+# Without --eval, one conversation in HELD_OUT is used for evaluation, at most MAX_HELD_OUT in all.
 HELD_OUT, MAX_HELD_OUT = 20, 200
-# Beyond any training, and small enough to reckon with.
-MOST = 10**6
-# Answers shown at each evaluation, and tokens that an answer may be longer than the right one.
+MOST = 10**6  # limit of numbers in options
+# Answers to print at each evaluation, and how many more tokens than the right answer they may have.
 NUM_SHOWN, MORE_TOKENS = 3, 16
 WARMUP = 0.03  # of all steps
 GPU_WORKERS = 4  # processes that prepare pictures while a GPU computes
-# The options that a training began with, and those that may change.
+# The file with a training's options, and the options that may change when it is resumed.
 SETTINGS = "settings.json"
 NOT_COMPARED = ("output", "merge", "resume", "ask")
-# What a checkpoint holds beside the adapter and the processor.
+# Files in a checkpoint besides the adapter and the processor.
 TRAINING_STATE = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json", "training_args.bin")
 
 
 class Collator:
     """
-    Makes a batch of conversations, by number, whose labels are the assistant's words and the tokens that end its turns.
+    Makes a batch of conversations, given by number. Labels are the assistant's answers with their end-of-turn tokens.
     """
 
     def __init__(self, conversations: list[Conversation], processor: Step3VLProcessor):
         self.conversations, self.processor = conversations, processor
 
     def __call__(self, samples: list[dict], asks: bool = False) -> dict[str, torch.Tensor]:
-        """The batch, padded on the right; or if it `asks`, on the left, and without the last answer and labels."""
+        """The batch, padded on the right. With `asks`, padded on the left, without the last answers and labels."""
         rows = [segments(self.conversations[sample["number"]], self.processor) for sample in samples]
         rows = [row[:-1] for row in rows] if asks else rows
         batch = self.processor(
@@ -117,7 +108,7 @@ class Collator:
 
 
 class AskQuestions(TrainerCallback):
-    """At each evaluation, of which one is after the last step, has the model give some conversations' last answers."""
+    """Generates the last answers of some conversations at each evaluation, and evaluates after the last step."""
 
     def __init__(self, collator: Collator, numbers: range, batch_size: int):
         self.collator, self.numbers, self.batch_size = collator, numbers, batch_size
@@ -128,7 +119,7 @@ class AskQuestions(TrainerCallback):
 
     @torch.no_grad()
     def on_evaluate(self, args, state, control, model, **kwargs):
-        # Every process asks the same, as the model's weights may lie on all of them.
+        # Every process generates the same answers, because the weights may be split over the processes.
         tokenizer = self.collator.processor.tokenizer
         last_turns = [self.collator.conversations[i].messages[-2:] for i in self.numbers]
         questions, truths = ([text_of(turn) for turn in turns] for turns in zip(*last_turns, strict=True))
@@ -152,7 +143,7 @@ def text_of(message: dict) -> str:
 
 
 def make_lora(model: PreTrainedModel, targets: list[str], rank: int) -> LoraConfig:
-    """LoRA of `rank` on the layers that `targets` stand for; experts that are layers, too, or else stacked weights."""
+    """LoRA of `rank` on the layers or stacked expert weights for the words in `targets`."""
     layers = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     patterns = [TARGETS[target] for target in targets if target in TARGETS]
     has_stacked = not any(re.fullmatch(TARGETS["experts"], name) for name in layers)
@@ -168,7 +159,7 @@ def make_lora(model: PreTrainedModel, targets: list[str], rank: int) -> LoraConf
 
 
 def placement() -> dict:
-    """Where a model goes: over all GPUs of one process, or on the one of each of several."""
+    """Arguments of `from_pretrained` to use all GPUs in a single process, or one GPU in each of several."""
     state = PartialState()
     if state.device.type != "cuda":
         return {}
@@ -179,11 +170,8 @@ def prepare_data(
     arguments: argparse.Namespace,
 ) -> tuple[list[Conversation], list[Conversation], Step3VLConfig, Step3VLProcessor]:
     """
-    Conversations to learn from and to evaluate on, and what says how they are tokenised. The first process checks them.
-
-    Raises:
-        `BadData`: if anything is wrong with any of them.
-        `OSError`: if a file or the model cannot be read.
+    The conversations for training and evaluation, the config and the processor. Only the first process checks images
+    and lengths. Raises `BadData` if a conversation has an error, or an `OSError` if a file or the model cannot be read.
     """
     is_first = PartialState().is_main_process
     faults = []
@@ -198,9 +186,7 @@ def prepare_data(
         total = check_tokens(data + evaluation, sizes, processor, max_length, faults)
         if faults:
             raise BadData(faults)
-        print(
-            f"{len(data)} conversations, {len(evaluation)} more for evaluation: {len(sizes)} pictures, {total} tokens"
-        )
+        print(f"{len(data)} conversations, {len(evaluation)} more for evaluation: {len(sizes)} images, {total} tokens")
     PartialState().wait_for_everyone()
     if not arguments.eval:
         random.Random(arguments.seed).shuffle(data)
@@ -216,7 +202,7 @@ def train(
     evaluation: list[Conversation],
     processor: Step3VLProcessor,
 ) -> None:
-    """Trains from the start or the last whole checkpoint, and puts what was learned into OUTPUT/adapter."""
+    """Trains from the start or the last complete checkpoint, and saves OUTPUT/adapter."""
     quantization_config = None
     if arguments.four_bit:
         quantization_config = BitsAndBytesConfig(
@@ -234,7 +220,7 @@ def train(
     text_config = model.config.get_text_config()
     collator = Collator(data + evaluation, processor)
     numbers = range(len(data)), range(len(data), len(data) + len(evaluation))
-    # The name has changed.
+    # transformers renamed this option.
     checkpointing = {field.name for field in fields(SFTConfig)} & {"activation_checkpointing", "gradient_checkpointing"}
     options = SFTConfig(
         arguments.output,
@@ -254,9 +240,9 @@ def train(
         save_total_limit=2,
         report_to=[],
         seed=arguments.seed,
-        max_length=None,  # nothing is cut off
+        max_length=None,  # no truncation
         router_aux_loss_coef=text_config.router_aux_loss_coef if text_config.output_router_logits else 0.0,
-        dataset_kwargs={"skip_prepare_dataset": True},  # the collator does it
+        dataset_kwargs={"skip_prepare_dataset": True},  # done by the collator
         remove_unused_columns=False,
         dataloader_num_workers=GPU_WORKERS if model.device.type == "cuda" else 0,
         **{sorted(checkpointing)[0]: arguments.gradient_checkpointing},
@@ -274,7 +260,7 @@ def train(
     if trainer.is_world_process_zero():
         write_json(arguments.output / SETTINGS, settings)
         trainer.model.print_trainable_parameters()
-    # The state is the last that is written of a checkpoint.
+    # The state is the last file of a checkpoint to be written.
     saved = [path.parent for path in arguments.output.glob("checkpoint-*/trainer_state.json")]
     last = max(saved, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     trainer.train(resume_from_checkpoint=last)
@@ -282,12 +268,12 @@ def train(
         checkpoint = arguments.output / f"checkpoint-{trainer.state.global_step}"
         with replacing(arguments.output / "adapter") as unfinished:
             shutil.copytree(checkpoint, unfinished, ignore=shutil.ignore_patterns(*TRAINING_STATE))
-        (arguments.output / "README.md").unlink(missing_ok=True)  # TRL's, which is not true of this model
+        (arguments.output / "README.md").unlink(missing_ok=True)  # TRL's, which is wrong for this model
 
 
 def merge(arguments: argparse.Namespace, processor: Step3VLProcessor) -> None:
-    """Adds OUTPUT/adapter to the model's weights, in their type, and saves the whole model in OUTPUT/merged."""
-    experts = {"experts_implementation": "linear"} if arguments.four_bit else {}  # as they were adapted
+    """Merges OUTPUT/adapter into the stored weights and saves the whole model in OUTPUT/merged."""
+    experts = {"experts_implementation": "linear"} if arguments.four_bit else {}  # as in training
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto", **experts, **placement())
     merged = PeftModel.from_pretrained(model, arguments.output / "adapter").merge_and_unload()
     save_whole(arguments.output / "merged", merged, processor)
@@ -295,12 +281,9 @@ def merge(arguments: argparse.Namespace, processor: Step3VLProcessor) -> None:
 
 def check_output(arguments: argparse.Namespace) -> dict:
     """
-    What has to be the same when a training is resumed: the options and the data.
-
-    Raises:
-        `FileExistsError`: if there is something at OUTPUT, and no `--resume`, or nothing is left to do.
-        `FileNotFoundError`: if there is nothing to resume.
-        `ValueError`: if other options or data were given then.
+    The options and hashes of the data, which must be the same when a training is resumed. Raises a `FileExistsError` if
+    OUTPUT exists without `--resume` or the training is finished, a `FileNotFoundError` if there is nothing to resume,
+    or a `ValueError` if the options or the data have changed.
     """
     output, settings = arguments.output, {}
     for name, value in vars(arguments).items():
@@ -308,37 +291,32 @@ def check_output(arguments: argparse.Namespace) -> dict:
             settings[name] = hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value
     if not arguments.resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise FileExistsError(f"{output} exists already: go on with --resume, choose another place or remove it")
+            raise FileExistsError(f"{output} exists already: use --resume, choose another directory or remove it")
         return settings
     if not (output / SETTINGS).exists():
         raise FileNotFoundError(f"there is no training to resume in {output}")
     before = json.loads((output / SETTINGS).read_text())
     if other := [name for name in settings if settings[name] != before.get(name)]:
-        raise ValueError(f"the training in {output} began with another {' and '.join(other)}: give the same to resume")
+        raise ValueError(f"the training in {output} began with another {' and '.join(other)}: use the same to resume")
     if (output / "adapter").exists() and (not arguments.merge or (output / "merged").exists()):
         raise FileExistsError(f"the training in {output} is finished")
     return settings
 
 
 def finetune(arguments: argparse.Namespace) -> None:
-    """
-    Does what the command line asks for.
-
-    Raises:
-        `BadData`, `OSError`, `ValueError`: if it asks for what cannot be done.
-    """
+    """Trains, merges, or both. Raises `BadData`, `OSError` or `ValueError` if the options, data or model are wrong."""
     settings = check_output(arguments)
     data, evaluation, config, processor = prepare_data(arguments)
     if getattr(config, "quantization_config", None):
-        raise ValueError(f"{arguments.model} is quantised: make a plain one with `step3 convert --dtype bfloat16`")
+        raise ValueError(f"{arguments.model} is quantised: convert it with `step3 convert --dtype bfloat16`")
     if arguments.rank > config.get_text_config().hidden_size:
         raise ValueError(f"--rank must be at most the model's width, {config.get_text_config().hidden_size}")
-    if PartialState().is_main_process:  # a run that was killed leaves half a model
+    if PartialState().is_main_process:  # left by a run that was killed
         for unfinished in arguments.output.glob(".*-*"):
             shutil.rmtree(unfinished)
     if not (arguments.output / "adapter").exists():
         train(arguments, settings, data, evaluation, processor)
-        gc.collect()  # the model and its trainer, which refer to each other
+        gc.collect()  # frees the model and its trainer, which refer to each other
     if arguments.merge and PartialState().is_main_process:
         merge(arguments, processor)
 
@@ -346,12 +324,12 @@ def finetune(arguments: argparse.Namespace) -> None:
 def target_list(text: str) -> list[str]:
     names = text.split(",")
     if wrong := [name for name in names if name not in TARGET_NAMES]:
-        raise argparse.ArgumentTypeError(f"must be some of {','.join(TARGET_NAMES)}, got {wrong[0]!r}")
+        raise argparse.ArgumentTypeError(f"must be a list of {','.join(TARGET_NAMES)}, got {wrong[0]!r}")
     return [name for name in TARGET_NAMES if name in names]
 
 
 def number(kind: type, most: float = MOST, above: float = 0) -> Callable[[str], float]:
-    """What reads an option that is an `int` or a `float` above one number and at most another."""
+    """A parser of options of type `kind` that are larger than `above` and at most `most`."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -359,19 +337,19 @@ def number(kind: type, most: float = MOST, above: float = 0) -> Callable[[str], 
             raise argparse.ArgumentTypeError(f"must be above {above} and at most {most}, got {text}")
         return value
 
-    read.__name__ = kind.__name__  # which argparse names
+    read.__name__ = kind.__name__  # shown by argparse
     return read
 
 
 def save_steps(text: str) -> float:
     value = number(float)(text)
     if value > 1 and value % 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, or a share of all steps, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number, or a fraction of all steps, got {text}")
     return value
 
 
 def model_name(text: str) -> str:
-    """A hub id as it is; a directory in full, as the adapter will name it elsewhere."""
+    """A hub id, or the full path of a directory, since the adapter records it."""
     return str(Path(text).resolve()) if Path(text).is_dir() else text
 
 
@@ -379,38 +357,34 @@ def main() -> None:
     count = number(int)
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", type=model_name, help="directory or hub id")
-    parser.add_argument("data", type=Path, help="conversations to learn from, one in each line")
-    parser.add_argument("output", type=Path, help="where everything goes; must not exist yet")
+    parser.add_argument("data", type=Path, help="file of training conversations, one per line")
+    parser.add_argument("output", type=Path, help="directory to create; must not exist yet")
     parser.add_argument(
         "--target",
         type=target_list,
         default="attention,mlp",
-        help=f"what to adapt, some of {','.join(TARGET_NAMES)} (default: %(default)s)",
+        help=f"what to train, a list of {','.join(TARGET_NAMES)} (default: %(default)s)",
     )
-    parser.add_argument("--eval", type=Path, help="conversations to evaluate on (default: some of the data, held out)")
-    parser.add_argument("--merge", action="store_true", help="also save the whole model, under the released names")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training, or merge it")
+    parser.add_argument("--eval", type=Path, help="file of evaluation conversations (default: part of the data)")
+    parser.add_argument("--merge", action="store_true", help="also save the merged model")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted training, or merge it")
     parser.add_argument("--4bit", dest="four_bit", action="store_true", help="QLoRA: load the weights as 4-bit nf4")
     parser.add_argument("--bf16", action="store_true", help="load the weights as bfloat16 (default: as stored)")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    parser.add_argument("--rank", type=count, default=16, help="of the adapters (default: %(default)s)")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="use less memory but more time")
+    parser.add_argument("--rank", type=count, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--epochs", type=number(float), default=1.0, help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=count, default=8, help="on each process (default: %(default)s)")
+    parser.add_argument("--batch-size", type=count, default=8, help="per process (default: %(default)s)")
+    parser.add_argument("--gradient-accumulation", type=count, default=1, help="batches per step (default: 1)")
+    parser.add_argument("--learning-rate", type=number(float, most=1), help="(default: depends on the model's width)")
+    parser.add_argument("--max-length", type=count, help="tokens of a conversation (default: the model's positions)")
     parser.add_argument(
-        "--gradient-accumulation", type=count, default=1, help="batches in a step (default: %(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=number(float, most=1), help="(default: by the model's width)")
-    parser.add_argument(
-        "--max-length", type=count, help="longest conversation in tokens (default: the model's positions)"
-    )
-    parser.add_argument(
-        "--ask", type=count, default=32, help="held-out questions at an evaluation (default: %(default)s)"
+        "--ask", type=count, default=32, help="answers to generate for evaluation (default: %(default)s)"
     )
     parser.add_argument(
         "--save-steps",
         type=save_steps,
         default=0.25,
-        help="save and evaluate after so many, or this share (default: %(default)s)",
+        help="save and evaluate after this many, or this fraction, of the steps (default: %(default)s)",
     )
     parser.add_argument("--seed", type=number(int, 2**32 - 1, above=-1), default=0, help="(default: %(default)s)")
     arguments = parser.parse_args()
@@ -421,11 +395,13 @@ def main() -> None:
     except (BadData, FileExistsError, FileNotFoundError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (KeyboardInterrupt, OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's writing of files
+        if isinstance(error, RuntimeError) and "inline_container" not in str(
+            error
+        ):  # torch's error when it cannot write a file
             raise
         is_interrupted = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if is_interrupted else f"a file could not be read or written: {error}"
-        hint = ": go on with --resume" if (arguments.output / SETTINGS).exists() else ""
+        hint = ": resume with --resume" if (arguments.output / SETTINGS).exists() else ""
         parser.exit(130 if is_interrupted else 2, f"\n{parser.prog}: {reason}{hint}\n")
 
 

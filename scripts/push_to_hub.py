@@ -1,12 +1,10 @@
-"""Uploads a directory with a Step3 model to the Hugging Face hub, after it has been checked.
+"""Checks a directory with a Step3 model and uploads it to the Hugging Face hub.
 
 python scripts/push_to_hub.py DIRECTORY USER/NAME --dry-run
 python scripts/push_to_hub.py DIRECTORY USER/NAME --private
 """
 
 import argparse
-import ast
-import functools
 import re
 import sys
 from pathlib import Path
@@ -18,24 +16,24 @@ from checkpoint_files import (
     Checkpoint,
     CheckpointError,
     Step3VLConfig,
+    collecting,
     expected_shapes,
     locate,
-    quote,
     read_checkpoint,
     read_json,
 )
-from convert_checkpoint import CARRIED_FILES, MANIFEST
+from convert_checkpoint import CARRIED_FILES, CHECKSUMS
 from engines import engine_facts, warnings
 from files import write_bytes
 from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import HTTPError  # of httpx, or of what took its place
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from yaml import YAMLError
 
 
-# What the hub's client leaves in a directory, and does not upload.
-OWN_FOLDERS = (".cache", ".git")
+# Directories that the hub's client creates and does not upload.
+CLIENT_FOLDERS = (".cache", ".git")
 SECRETS = {
     "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}",
@@ -52,6 +50,7 @@ SECRETS = {
     r'|name_or_path"\s*:\s*"(?:[/~.\\]|[A-Za-z]:)',
 }
 RELEASED = "stepfun-ai/step3"
+CONVERT = "create the directory with convert_checkpoint.py."
 USAGE = """## Usage
 
 ```python
@@ -70,93 +69,73 @@ CONTENTS = {
 
 def check_package(checkpoint: Checkpoint) -> list[Path]:
     """
-    The files of a directory that make up the model.
-
-    Raises:
-        `CheckpointError`: with everything that must not go to the hub: other code than the package's, classes that are
-        not in it, secrets, and files that are no part of a model.
+    The files of the model in a directory. Raises a `CheckpointError` with everything that must not be uploaded: other
+    code and classes than the package's, secrets, and files that are not part of a model.
     """
-    directory, problems = checkpoint.directory, []
+    directory, problems, files = checkpoint.directory, [], []
     weights = {path.name for path in checkpoint.paths}
-    known = {"config.json", INDEX, MANIFEST, *CODE_FILES, *CARRIED_FILES, *weights}
-    files = []
+    known = {"config.json", INDEX, CHECKSUMS, *CODE_FILES, *CARRIED_FILES, *weights}
     for path in sorted(directory.iterdir()):
-        if path.name in OWN_FOLDERS:
-            continue
-        if path.name not in known:
-            problems.append(f"{quote(path.name)[1:-1]}: is no part of a model; move it away.")
-            continue
-        try:
-            files.append(locate(directory, path.name))
-        except CheckpointError as error:
-            problems += error.problems
+        if path.name in known:
+            with collecting(problems):
+                files.append(locate(directory, path.name))
+        elif path.name not in CLIENT_FOLDERS:
+            problems.append(f"{repr(path.name)[1:-1]}: is not part of a model; move it away.")
     names = {path.name for path in files}
-    for name in CODE_FILES:
-        if name not in names:
-            problems.append(f"{name}: missing; adopt the directory with convert_checkpoint.py.")
-        elif (directory / name).read_bytes() != (ROOT / name).read_bytes():
-            problems.append(f"{name}: is not the package's own; adopt the directory with convert_checkpoint.py.")
-    problems += check_auto_map(checkpoint, "config.json", type(checkpoint.config).carried_auto_map)
+    auto_maps = {"config.json": type(checkpoint.config).carried_auto_map}
     if isinstance(checkpoint.config, Step3VLConfig):
-        if "processor_config.json" in names:
-            wanted = {"AutoProcessor": Step3VLConfig.carried_auto_map["AutoProcessor"]}
-            problems += check_auto_map(checkpoint, "processor_config.json", wanted)
-        else:
-            problems.append("processor_config.json: missing; adopt the directory with convert_checkpoint.py.")
+        auto_maps["processor_config.json"] = {"AutoProcessor": Step3VLConfig.carried_auto_map["AutoProcessor"]}
+    for name in [name for name in (*CODE_FILES, *auto_maps) if name not in names]:
+        problems.append(f"{name}: is missing; {CONVERT}")
+    for name in CODE_FILES:
+        if name in names and (directory / name).read_bytes() != (ROOT / name).read_bytes():
+            problems.append(f"{name}: is not the package's version; {CONVERT}")
+    for name, wanted in auto_maps.items():
+        if name in names:
+            problems += check_auto_map(directory / name, wanted)
     for path in files:
         if path.name in weights:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
-            lines = {f"metadata {quote(key)}": f"{key}: {value}" for key, value in metadata.items()}
+            lines = {f"metadata {key!r:.200}": f"{key}: {value}" for key, value in metadata.items()}
         else:
             text = path.read_text(errors="replace")
             lines = {f"line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
         for place, line in lines.items():
-            for secret, pattern in SECRETS.items():
-                if re.search(pattern, line):
-                    problems.append(f"{path.name}: {place} looks like {secret}.")
+            found = [secret for secret, pattern in SECRETS.items() if re.search(pattern, line)]
+            problems += [f"{path.name}: {place} looks like {secret}." for secret in found]
     if problems:
         raise CheckpointError(problems)
     return files
 
 
-@functools.cache
-def classes_of(module: str) -> set[str]:
-    """What one of the package's modules defines."""
-    return {node.name for node in ast.parse((ROOT / f"{module}.py").read_text()).body if hasattr(node, "name")}
-
-
-def check_auto_map(checkpoint: Checkpoint, name: str, wanted: dict[str, str]) -> list[str]:
-    """What is wrong with the classes that a config names for transformers' Auto classes."""
-    given = read_json(checkpoint.directory / name).get("auto_map")
+def check_auto_map(path: Path, wanted: dict[str, str]) -> list[str]:
+    """A problem for each Auto class whose entry in the `auto_map` of a config is not the package's."""
+    given = read_json(path).get("auto_map")
     given = given if isinstance(given, dict) else {}
-    problems = []
-    for auto_class, reference in wanted.items():
-        module, _, class_name = reference.partition(".")
-        if given.get(auto_class) != reference or class_name not in classes_of(module):
-            found = quote(given.get(auto_class))
-            problems.append(f"{name}: `auto_map` must name {reference} for {auto_class}, got {found}.")
-    return problems
+    return [
+        f"{path.name}: `auto_map` must name {reference} for {auto_class}, got {given.get(auto_class)!r:.200}."
+        for auto_class, reference in wanted.items()
+        if given.get(auto_class) != reference
+    ]
 
 
 def base_model_of(checkpoint: Checkpoint) -> str | None:
-    """The released model, if a model has its sizes."""
+    """The id of the released model if the checkpoint has its sizes."""
     config = checkpoint.config
     return RELEASED if expected_shapes(config) == expected_shapes(type(config)()) else None
 
 
 def complete_card(directory: Path, repo_id: str, task: str, base_model: str | None, licence: str) -> str:
     """
-    The text of the model card, with what was missing: metadata and how the model is used.
-
-    Raises:
-        `CheckpointError`: if the metadata of the one that is there cannot be read.
+    The text of the directory's model card, with missing metadata and usage added. Raises a `CheckpointError` if the
+    metadata of an existing card cannot be read.
     """
     path = directory / "README.md"
     try:
         text = path.read_text() if path.exists() else f"---\n{{}}\n---\n\n# {repo_id.split('/')[-1]}\n"
         card = ModelCard(text, ignore_metadata_errors=False)
-    except (YAMLError, ValueError, TypeError) as error:  # TypeError: a key that is no text
+    except (YAMLError, ValueError, TypeError) as error:  # TypeError: a key that is not a string
         reason = " ".join(str(error).split())
         raise CheckpointError([f"README.md: its YAML header cannot be read: {reason}"]) from None
     wanted = {"library_name": "transformers", "pipeline_tag": task, "license": licence, "base_model": base_model}
@@ -172,27 +151,25 @@ def complete_card(directory: Path, repo_id: str, task: str, base_model: str | No
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
-        epilog="An interrupted upload goes on when it is repeated: what is on the hub already is not sent again.",
+        epilog="To resume an interrupted upload, repeat the command: files that are on the hub are not sent again.",
     )
-    parser.add_argument("directory", type=Path, help="a converted, trained or fine-tuned model")
-    parser.add_argument("repo_id", help="where to upload it, USER/NAME")
-    parser.add_argument("--private", action="store_true", help="nobody else sees it; for a repository that is new")
-    parser.add_argument("--dry-run", action="store_true", help="only check, and list what would go up")
+    parser.add_argument("directory", type=Path, help="a model that was converted, trained or fine-tuned")
+    parser.add_argument("repo_id", help="repository to upload to, USER/NAME")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="only check, and list what would be uploaded")
     parser.add_argument(
         "--base-model",
         metavar="ID",
-        help=f"what it was made from, for a card that does not say; '' for nothing (default: {RELEASED} if it has that "
-        "model's sizes)",
+        help=f"base model, if the card has none; '' for none (default: {RELEASED} if the model has its sizes)",
     )
-    parser.add_argument(
-        "--license", default="apache-2.0", metavar="ID", help="for a card that does not say (default: apache-2.0)"
-    )
+    license_help = "licence, if the card has none (default: %(default)s)"
+    parser.add_argument("--license", default="apache-2.0", metavar="ID", help=license_help)
     arguments = parser.parse_args(arguments)
     directory, repo_id = arguments.directory, arguments.repo_id
     try:
         validate_repo_id(repo_id)
         if "/" not in repo_id:
-            raise ValueError("must be USER/NAME.")
+            raise ValueError("the repository must be USER/NAME.")
         checkpoint = read_checkpoint(directory)
         files = check_package(checkpoint)
         is_whole = isinstance(checkpoint.config, Step3VLConfig)
@@ -212,22 +189,21 @@ def main(arguments: list[str] | None = None) -> int:
         api.create_repo(repo_id, private=arguments.private, exist_ok=True)
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
             write_bytes(directory / "README.md", card.encode())
-        # Sends what is not there yet, large files in parts, in several commits if need be.
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
-    except (HTTPError, ValueError) as error:  # ValueError: of a card or a name that the hub does not take
+    except (HTTPError, ValueError) as error:  # ValueError: a card or repository id that the hub refuses
         print(f"{repo_id}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"{error.filename or repo_id}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:  # what the hub's client makes of a file that it could not send
-        print(f"{repo_id}: {error} {error.__cause__ or ''}\nThe same command goes on.", file=sys.stderr)
+    except RuntimeError as error:  # raised by the hub's client for a file that it could not send
+        print(f"{repo_id}: {error} {error.__cause__ or ''}\nRepeat the command to resume.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on.", file=sys.stderr)
+        print("Interrupted. Repeat the command to resume.", file=sys.stderr)
         return 130
     print(f"{constants.ENDPOINT}/{repo_id}")
     return 0

@@ -1,8 +1,8 @@
 """
-Looks at requests before a serving engine does: an ASGI middleware, for `transformers serve` and vLLM alike.
+Checks requests before a serving engine gets them: an ASGI middleware for `transformers serve` and vLLM.
 
-What an engine would fail on, or should not do for a stranger, ends in a 4xx that says why. `serve.py` puts it there;
-run as a program, it is transformers' own command line with the guard in front:
+Requests that would make the engine fail, or that untrusted clients must not make, get a 4xx response with the reason.
+`serve.py` installs it. Run as a program, it is transformers' command line with the guard in front of the server:
 
 python scripts/request_guard.py serve DIRECTORY
 """
@@ -23,19 +23,19 @@ from PIL import Image, UnidentifiedImageError
 from starlette.responses import JSONResponse
 
 
-# Where `serve.py` leaves the rules for the process that it starts.
+# The environment variable in which `serve.py` passes the rules.
 RULES = "STEP3_REQUEST_RULES"
 ASKED = ("/v1/chat/completions", "/v1/completions")
 READ = ("/health", "/metrics", "/ping", "/v1/models", "/version")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Those that Pillow reads without the help of other programs.
+# The formats that Pillow reads without other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-Image.init()  # all readers are there
+Image.init()  # registers all formats
 MAX_BODY, MAX_PIXELS = 64 * 2**20, 2**26
-# A picture with a side below this and a more extreme aspect ratio is padded to a square.
+# Images with a smaller side and a larger aspect ratio are padded to a square.
 MIN_SIDE, MAX_PADDED_RATIO = 32, 4
 NUMBER = (int, float)
-# The fields that an engine reads without a look at their types.
+# The types of fields that engines do not check.
 FIELDS = {
     "chat_template_kwargs": dict,
     "frequency_penalty": NUMBER,
@@ -52,13 +52,13 @@ FIELDS = {
     "tools": list,
     "top_p": NUMBER,
 }
-# The server's own affair: sizes that the model does not have, or a whole configuration.
+# Fields that only the server may set: image sizes, templates and configurations.
 OWN_FIELDS = ("chat_template", "generation_config", "mm_processor_kwargs", "media_io_kwargs")
 ERROR_EVENT = b'data: {"error": "'
 
 
 class Refusal(Exception):
-    """Why a request is not answered, and with which status."""
+    """The reason why a request is refused, with the HTTP status."""
 
     def __init__(self, reason: str, status: int = 400):
         super().__init__(reason)
@@ -73,35 +73,20 @@ def refusal_response(error: Exception) -> JSONResponse:
 
 @dataclass(frozen=True)
 class Rules:
-    """
-    What a server lets its clients do.
+    """What clients of a server may do."""
 
-    Args:
-        folder: Where pictures may be read from by their paths; nowhere if `None`.
-        domains: Hosts that pictures may be fetched from.
-        sizes: vLLM's sizes of the model's pictures, where they are not the released ones; added to every request.
-        takes_pictures: Whether the model does.
-        takes_stop: Whether the engine can end an answer at a text; transformers 5.24 fails on it beside pictures.
-        starts_streams_early: Whether the engine answers 200 before it knows that it can.
-    """
-
-    folder: str | None = None
-    domains: tuple[str, ...] = ()
-    sizes: dict[str, int] | None = None
+    folder: str | None = None  # from which images may be read by path
+    domains: tuple[str, ...] = ()  # hosts from which images may be fetched
+    sizes: dict[str, int] | None = None  # to add to every request for vLLM, if they are not the released ones
     takes_pictures: bool = True
-    takes_stop: bool = True
-    starts_streams_early: bool = False
+    takes_stop: bool = True  # transformers 5.24 fails on `stop` with image models
+    starts_streams_early: bool = False  # whether the engine sends status 200 before it knows that it can answer
 
     def to_environment(self) -> dict[str, str]:
         return {RULES: json.dumps(asdict(self))}
 
     def check(self, path: str, data: bytes) -> bytes:
-        """
-        The body of a request as the engine gets it.
-
-        Raises:
-            `Refusal`: if the engine should not get it.
-        """
+        """The body of a request, as the engine gets it. Raises a `Refusal` if it is not allowed or not valid."""
         try:
             body = parse_json(data)
         except ValueError as error:
@@ -109,7 +94,7 @@ class Rules:
         self._check_fields(body)
         if path == "/v1/completions":
             if not isinstance(body.get("prompt"), str) or not body["prompt"]:
-                raise Refusal("`prompt` must be a text that is not empty.")
+                raise Refusal("`prompt` must be a non-empty string.")
             self._check_text(body["prompt"])
         else:
             self._check_messages(body.get("messages"))
@@ -120,7 +105,7 @@ class Rules:
     def _check_fields(self, body: dict) -> None:
         for name in OWN_FIELDS:
             if body.get(name) is not None:
-                raise Refusal(f"`{name}` is for the server to set.")
+                raise Refusal(f"`{name}` can only be set by the server.")
         for name, kind in FIELDS.items():
             value = body.get(name)
             if value is None:
@@ -134,17 +119,17 @@ class Rules:
         if not (body.get("temperature") or 0) >= 0:
             raise Refusal(f"`temperature` must not be negative, got {body['temperature']}.")
         if body.get("top_p") is not None and not 0 < body["top_p"] <= 1:
-            raise Refusal(f"`top_p` must lie in (0, 1], got {body['top_p']}.")
+            raise Refusal(f"`top_p` must be above 0 and at most 1, got {body['top_p']}.")
         stops = body.get("stop") or []
         if not all(isinstance(text, str) and text for text in ([stops] if isinstance(stops, str) else stops)):
-            raise Refusal("`stop` must be a text or a list of texts, none of them empty.")
+            raise Refusal("`stop` must be a non-empty string or a list of them.")
         if stops and not self.takes_stop:
-            raise Refusal("`stop` is not taken by this engine with a model of pictures.")
+            raise Refusal("This engine does not support `stop` for a model that takes images.")
         if unknown := sorted((body.get("chat_template_kwargs") or {}).keys() - {"enable_thinking"}):
-            raise Refusal(f"`chat_template_kwargs` may hold `enable_thinking`, got {unknown!r:.100}.")
+            raise Refusal(f"`chat_template_kwargs` may only have `enable_thinking`, got {unknown!r:.100}.")
         for tool in body.get("tools") or []:
             if not isinstance(tool, dict) or not isinstance(tool.get("function"), dict):
-                raise Refusal("`tools` must hold objects with a `function`.")
+                raise Refusal("`tools` must be a list of objects with a `function`.")
 
     def _check_messages(self, messages: object) -> None:
         if not isinstance(messages, list) or not messages:
@@ -161,7 +146,7 @@ class Rules:
                 isinstance(call, dict) and isinstance(call.get("function"), dict) and "arguments" in call["function"]
                 for call in calls
             ):
-                raise Refusal(f"`messages[{i}].tool_calls` must hold functions with arguments.")
+                raise Refusal(f"`messages[{i}].tool_calls` must be a list of functions with arguments.")
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
                 self._check_part(f"messages[{i}]", part)
 
@@ -173,70 +158,70 @@ class Rules:
         image = part.get("image_url") if kind == "image_url" else None
         url = image.get("url") if isinstance(image, dict) else image
         if not isinstance(url, str):
-            raise Refusal(f"`{where}.content` must hold parts with a `text` or an `image_url`, got {part!r:.100}.")
+            raise Refusal(f"`{where}.content` must list parts with a `text` or an `image_url`, got {part!r:.100}.")
         if not self.takes_pictures:
-            raise Refusal("This model takes no pictures.")
+            raise Refusal("This model does not take images.")
         part.clear()
         part.update(type="image_url", image_url={"url": self._check_picture(url)})
 
     @staticmethod
     def _check_text(text: str) -> None:
         if "<im_patch>" in text:
-            raise Refusal("A text must not hold <im_patch>, which stands for a picture; give pictures as `image_url`.")
+            raise Refusal("Text must not contain <im_patch>; send images as `image_url`.")
 
     def _check_picture(self, url: str) -> str:
-        """The address that the engine gets: a `data:` URL, or one on a host that is allowed."""
+        """The URL that the engine gets: a `data:` URL or one on an allowed host."""
         scheme = urlsplit(url[:2000]).scheme
         if scheme in ("http", "https"):
             if urlsplit(url).hostname not in self.domains:
-                raise Refusal(f"Pictures are not fetched from {urlsplit(url).hostname!r:.100}; send a data: URL.")
+                raise Refusal(f"Images are not fetched from {urlsplit(url).hostname!r:.100}; send a data: URL.")
             return url
         if scheme == "data":
             try:
                 head, picture = url.partition(",")[0], picture_of(url)
             except ValueError as error:
-                raise Refusal(f"A picture cannot be read: {error}.") from None
+                raise Refusal(f"An image cannot be read: {error}.") from None
         elif self.folder is not None and scheme in ("", "file"):
             path = Path(unquote(urlsplit(url).path) if scheme else url)
             head, picture = "data:image/png;base64", self._read(path)
         else:
-            raise Refusal(f"A picture must be a data: URL (data:image/png;base64,...), got {url!r:.100}.")
+            raise Refusal(f"An image must be a data: URL (data:image/png;base64,...), got {url!r:.100}.")
         check_size(picture)
         return f"{head},{base64.b64encode(picture).decode()}"
 
     def _read(self, path: Path) -> bytes:
         home = Path(self.folder).resolve()
-        # No difference between what lies elsewhere and what is not there: it would tell what is.
-        refused = Refusal(f"There is no picture {str(path)!r:.100} in the folder that pictures are read from.")
+        # The same message for missing files and files elsewhere, so as not to reveal which exist.
+        refused = Refusal(f"There is no image {str(path)!r:.100} in the directory that images are read from.")
         try:
             path = (home / path).resolve(strict=True)
             if not path.is_relative_to(home) or not path.is_file() or path.stat().st_size > MAX_BODY:
                 raise refused
             return path.read_bytes()
-        except (OSError, ValueError):  # ValueError: of a name with a zero byte
+        except (OSError, ValueError):  # ValueError: a null character in the name
             raise refused from None
 
 
 def check_size(picture: bytes) -> None:
-    """Raises a `Refusal` unless these are a picture's first bytes, and it does not grow too large."""
+    """Raises a `Refusal` if an image file is not readable or has too many pixels."""
     try:
         with Image.open(BytesIO(picture), formats=FORMATS) as image:
             width, height = image.size
     except UnidentifiedImageError:
-        raise Refusal(f"The picture is none, or of another format than {', '.join(FORMATS)}.") from None
+        raise Refusal(f"The image must be one of {', '.join(FORMATS)}.") from None
     except Image.DecompressionBombError as error:
         raise Refusal(str(error), 413) from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise Refusal(f"The picture cannot be read: {error}") from None
+        raise Refusal(f"The image cannot be read: {error}") from None
     shorter, longer = sorted((width, height))
     is_padded = shorter < MIN_SIDE and longer > MAX_PADDED_RATIO * shorter
     if max(width * height, is_padded * longer**2) > MAX_PIXELS:
         padded = ", padded to a square," if is_padded else ""
-        raise Refusal(f"A picture{padded} must have at most {MAX_PIXELS} pixels, got {width} x {height}.", 413)
+        raise Refusal(f"An image{padded} must have at most {MAX_PIXELS} pixels, got {width} x {height}.", 413)
 
 
 class RequestGuard:
-    """The middleware. Its rules stand in the environment."""
+    """The middleware. It reads its rules from the environment."""
 
     def __init__(self, app):
         self.app = app
@@ -283,7 +268,7 @@ async def parts_of(receive) -> AsyncIterator[bytes]:
 
 
 def replay(body: bytes, receive):
-    """A `receive` that gives the body first, and then what else comes: that the client has gone."""
+    """A `receive` that returns the body first, and then the original messages, such as a disconnect."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> dict:
@@ -293,7 +278,7 @@ def replay(body: bytes, receive):
 
 
 def hold_start(scope, receive, send):
-    """A `send` that keeps a stream back until its second part is there: if that is an error, a 400 is sent instead."""
+    """A `send` that holds back a stream until its second part, and sends a 400 instead if that is an error."""
     held, is_refused = [], False
 
     async def send_held(message: dict) -> None:
@@ -324,7 +309,7 @@ def hold_start(scope, receive, send):
 
 
 def serve_with_transformers() -> None:
-    """transformers' command line, with Step3 registered and the guard in front of its server."""
+    """Runs transformers' command line with Step3 registered and the guard in front of its server."""
     import transformers
     import uvicorn
     from jinja2 import TemplateError
@@ -338,17 +323,17 @@ def serve_with_transformers() -> None:
 
     class GuardedConfig(uvicorn.Config):
         def __init__(self, app, **options):
-            # What the processor and `generate` raise for arguments that have no right answer.
+            # Raised by the processor and `generate` for invalid arguments.
             for kind in (ValueError, OSError, TemplateError, Image.DecompressionBombError):
                 app.add_exception_handler(kind, answer)
             app.add_middleware(RequestGuard)
             super().__init__(app, **options)
 
     uvicorn.Config = GuardedConfig
-    # Where the server looks for how to read tool calls and thoughts; without it they are a part of the text.
+    # With this template the server extracts tool calls and reasoning; without it they stay in the text.
     templates = getattr(import_module("transformers.cli.serving.utils"), "_RESPONSE_TEMPLATE_FALLBACKS", {})
     templates["step3_vl", "step3_text"] = RESPONSE_TEMPLATE
-    transformers.Step3TextForCausalLM = step3_vl.Step3TextForCausalLM  # where the server looks for a text model's class
+    transformers.Step3TextForCausalLM = step3_vl.Step3TextForCausalLM  # the server looks up a text model's class here
     main()
 
 

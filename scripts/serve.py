@@ -1,4 +1,4 @@
-"""Serves a Step3 directory by an engine that is installed, to clients of the OpenAI API.
+"""Serves a Step3 directory with an installed engine, through the OpenAI API.
 
 python scripts/serve.py DIRECTORY
 python scripts/serve.py DIRECTORY --engine vllm --port 8080 -- --tensor-parallel-size 8
@@ -28,7 +28,7 @@ SCRIPTS = Path(__file__).resolve().parent
 LOOPBACK = "127.0.0.1"
 TOOL_TOKENS = ("<｜tool_calls_begin｜>", "<｜tool_call_begin｜>", "<｜tool_call_end｜>", "<｜tool_calls_end｜>")
 THINK_START, THINK_END = "<think>", "</think>"
-# Seconds that an engine has to end in, once it is asked to.
+# Seconds that an engine has to stop after a signal.
 PATIENCE = 10
 
 TEXT_REQUEST = """
@@ -45,7 +45,7 @@ print(completions.create(model="{name}", messages=[{{"role": "user", "content": 
 
 
 class ServingError(Exception):
-    """Why a directory is not served, in words for the one who asked."""
+    """Says why a directory cannot be served."""
 
 
 def is_installed(module: str) -> bool:
@@ -53,36 +53,32 @@ def is_installed(module: str) -> bool:
 
 
 def find_vllm() -> str | None:
-    """The `vllm` command beside this Python, or else on the path."""
+    """The `vllm` command next to this Python, or else on the path."""
     return shutil.which("vllm", path=Path(sys.executable).parent) or shutil.which("vllm")
 
 
 def parser_options(directory: Path, thinks: bool) -> list[str]:
     """
-    vLLM's options for tool calls, if the tokenizer has their marks, and for the thoughts before an answer, if the
-    prompt begins them.
-
-    Raises:
-        `ServingError`: if there is no chat template, which vLLM cannot do without, or thoughts are asked of a model
-        that has no mark for their end.
+    vLLM's options for tool calls, if the tokenizer has their tokens, and for reasoning, if the prompt starts it. Raises
+    a `ServingError` if there is no chat template, or if `thinks` and the model has no token for the end of reasoning.
     """
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise ServingError(f"{directory}: has no chat template, which vLLM needs; save its processor into it.")
+        raise ServingError(f"{directory}: has no chat template, which vLLM needs; save the processor there.")
     vocabulary = tokenizer.get_vocab()
     messages, extra = [{"role": "user", "content": "Hello"}], {"enable_thinking": True} if thinks else {}
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **extra)
     options = []
     if vocabulary.keys() >= set(TOOL_TOKENS):
         options += ["--enable-auto-tool-choice", "--tool-call-parser", "step3"]
-    # vLLM drops special tokens before it looks for the end of thoughts. And a model that begins none would never end
-    # them: its whole answer would count as thoughts.
-    ends = THINK_END in vocabulary and not tokenizer.added_tokens_decoder[vocabulary[THINK_END]].special
-    if prompt.rstrip().endswith(THINK_START) and ends:
+    # vLLM removes special tokens before it looks for the end of the reasoning. If the prompt does not start reasoning,
+    # there is no end, and the whole answer would count as reasoning.
+    can_end = THINK_END in vocabulary and not tokenizer.added_tokens_decoder[vocabulary[THINK_END]].special
+    if prompt.rstrip().endswith(THINK_START) and can_end:
         options += ["--reasoning-parser", "step3"]
     elif thinks:
-        reason = f"a template that begins with {THINK_START}, and {THINK_END} as one token that is not special"
-        raise ServingError(f"--thinking needs {reason}.")
+        needed = f"a template that starts answers with {THINK_START}, and {THINK_END} as a token that is not special"
+        raise ServingError(f"--thinking needs {needed}.")
     if thinks:
         options += ["--default-chat-template-kwargs", '{"enable_thinking": true}']
     return options
@@ -90,11 +86,8 @@ def parser_options(directory: Path, thinks: bool) -> list[str]:
 
 def engine_command(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     """
-    The command that serves a checkpoint, from the folder that its directory lies in, and what it needs in its
-    environment.
-
-    Raises:
-        `ServingError`: if the engine is not installed, or cannot serve it.
+    The command that serves a checkpoint, to be run in its parent directory, and the environment variables to add.
+    Raises a `ServingError` if the engine is not installed or cannot serve the checkpoint.
     """
     name, takes_pictures = checkpoint.directory.name, isinstance(checkpoint.config, Step3VLConfig)
     sizes = picture_sizes(checkpoint) if takes_pictures else RELEASED_SIZES
@@ -116,7 +109,7 @@ def engine_command(checkpoint: Checkpoint, arguments: argparse.Namespace) -> tup
         return [*command, *arguments.options], environment
     vllm = find_vllm()
     if vllm is None:
-        raise ServingError("There is no `vllm` command: activate the environment that has it.")
+        raise ServingError("The `vllm` command was not found; activate the environment that has it.")
     options += ["--served-model-name", name, "--middleware", "request_guard.RequestGuard"]
     options += ["--allowed-media-domains", *(arguments.pictures_from_host or ["nowhere.invalid"])]
     options += parser_options(checkpoint.directory, arguments.thinking)
@@ -144,10 +137,8 @@ def is_free(host: str, port: int) -> bool:
 
 def wait_until_ready(server: subprocess.Popen, url: str) -> None:
     """
-    Waits for a server to answer, however long its model takes to load.
-
-    Raises:
-        `ServingError`: if it ends instead.
+    Waits until a server answers, without a time limit, because models can take long to load. Raises a `ServingError` if
+    the server stops first.
     """
     while True:
         try:
@@ -156,11 +147,11 @@ def wait_until_ready(server: subprocess.Popen, url: str) -> None:
         except (URLError, TimeoutError, ConnectionError):
             time.sleep(0.5)
         if server.poll() is not None:
-            raise ServingError(f"The engine ended with status {server.returncode} before it could answer.")
+            raise ServingError(f"The engine stopped with status {server.returncode} before it was ready.")
 
 
 def stop(server: subprocess.Popen) -> None:
-    """Ends a server and all that it started, gently if it lets itself be."""
+    """Stops a server and all its processes, by force if they ignore other signals."""
     for kind in (signal.SIGINT, signal.SIGTERM):
         if server.poll() is None:
             os.killpg(server.pid, kind)
@@ -170,7 +161,7 @@ def stop(server: subprocess.Popen) -> None:
                 continue
     try:
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:  # nothing is left of it
+    except ProcessLookupError:  # all have stopped
         pass
     server.wait()
 
@@ -179,10 +170,10 @@ def serve(arguments: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(Path(os.path.abspath(arguments.directory)))
     command, environment = engine_command(checkpoint, arguments)
     if not is_free(arguments.host, arguments.port):
-        raise ServingError(f"Port {arguments.port} of {arguments.host} is taken, or not to be had; choose another.")
+        raise ServingError(f"Port {arguments.port} of {arguments.host} is taken or not available; choose another.")
     url = f"http://{LOOPBACK if arguments.host == '0.0.0.0' else arguments.host}:{arguments.port}"
     print("Starting:", *command, file=sys.stderr, flush=True)
-    # Apart from the terminal, whose Ctrl-C comes here and is passed on once.
+    # In its own session, so that Ctrl-C reaches only this process, which stops the server.
     server = subprocess.Popen(
         command,
         stdout=sys.stderr,
@@ -193,10 +184,10 @@ def serve(arguments: argparse.Namespace) -> None:
     try:
         wait_until_ready(server, url)
         request = TEXT_REQUEST + PICTURE_REQUEST * isinstance(checkpoint.config, Step3VLConfig)
-        print(f"Serving at {url}/v1 until Ctrl-C. Ask by curl or Python:")
+        print(f"Serving at {url}/v1 until Ctrl-C. Try it with curl or Python:")
         print(request.format(url=url, name=checkpoint.directory.name), flush=True)
         if server.wait() != 0:
-            raise ServingError(f"The engine ended with status {server.returncode}.")
+            raise ServingError(f"The engine stopped with status {server.returncode}.")
     finally:
         stop(server)
 
@@ -205,29 +196,23 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n", 1)[0],
-        epilog="What follows -- goes to the engine's own `serve` command as it is.",
+        description=__doc__.split("\n", 1)[0], epilog="Options after -- are passed to the engine's own `serve` command."
     )
-    parser.add_argument("directory", type=Path, help="what convert_checkpoint.py --check finds nothing wrong with")
-    parser.add_argument(
-        "--engine", choices=["transformers", "vllm"], help="(default: vllm if it is there, else transformers)"
-    )
-    parser.add_argument("--host", default=LOOPBACK, help="where to listen (default: %(default)s, this machine alone)")
+    parser.add_argument("directory", type=Path, help="a checkpoint that convert_checkpoint.py --check accepts")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], help="(default: vllm if installed)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--thinking", action="store_true", help="let the model think before it answers")
-    pictures = parser.add_argument_group("pictures", "Requests bring their pictures along, as data: URLs. Besides:")
-    pictures.add_argument(
-        "--pictures-from", type=Path, metavar="FOLDER", help="read them from this folder by path, too"
-    )
-    pictures.add_argument(
-        "--pictures-from-host", action="append", default=[], metavar="HOST", help="fetch them from this host, too"
-    )
+    parser.add_argument("--thinking", action="store_true", help="let the model reason before it answers")
+    pictures = parser.add_argument_group("images", "Requests contain their images as data: URLs. Also accept:")
+    pictures.add_argument("--pictures-from", type=Path, metavar="FOLDER", help="paths of images in this folder")
+    host_help = "URLs of images on this host"
+    pictures.add_argument("--pictures-from-host", action="append", default=[], metavar="HOST", help=host_help)
     parsed = parser.parse_args(arguments[:end])
     parsed.options = arguments[end + 1 :]
     parsed.engine = parsed.engine or ("vllm" if find_vllm() else "transformers")
     if parsed.pictures_from and not parsed.pictures_from.is_dir():
-        parser.error(f"--pictures-from must be a folder, got {parsed.pictures_from}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what runs in the background
+        parser.error(f"--pictures-from must be a directory, got {parsed.pictures_from}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells disable it for background processes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         serve(parsed)

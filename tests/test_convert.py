@@ -290,12 +290,9 @@ def lie(header: dict) -> None:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (
-            lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "../evil.safetensors"})),
-            "must stay in the directory",
-        ),
+        (lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "../evil.safetensors"})), "is missing"),
         (lambda d: edit_index(d, lambda m: m.update({next(iter(m)): "pytorch_model.bin"})), "pickled weights"),
-        (leave_by_a_link, "a link that leaves the directory"),
+        (leave_by_a_link, "is outside the directory"),
         (lambda d: [path.rename(path.with_suffix(".bin")) for path in d.glob("model*")], "pickled weights"),
         (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-5]), "not fully covered"),
         (lambda d: first_file(d).write_bytes(first_file(d).read_bytes() + b"more"), "not fully covered"),
@@ -303,15 +300,14 @@ def lie(header: dict) -> None:
         (lambda d: set_header(first_file(d), overlap), "invalid offset"),
         (lambda d: set_header(first_file(d), lie), "invalid shape"),
         (lambda d: set_header(first_file(d), lambda h: json.dumps(h)[:-1] + ',"__metadata__":{}}'), "duplicate field"),
-        (lambda d: [(d / "config.json").unlink(), os.mkfifo(d / "config.json")], "must be a regular file"),
-        (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda d: [(d / "config.json").unlink(), os.mkfifo(d / "config.json")], "not a regular file"),
+        (lambda d: (d / "config.json").unlink(), "'config.json' is missing"),
         (lambda d: (d / "config.json").write_text("[" * 10**5), "nested too deep"),
-        (lambda d: (d / "config.json").write_text(" " * 2**25), "at most"),
         (
             lambda d: (d / "config.json").write_text(
                 (d / "config.json").read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 1000000000')
             ),
-            "`text_config.num_hidden_layers` must be at most 1000",
+            "'num_hidden_layers': ValueError: Value must be greater or equal to 1 and smaller or equal to 1000",
         ),
     ],
 )
@@ -402,7 +398,7 @@ def test_what_was_written_wrong_is_seen(source, tmp_path, monkeypatch, how):
     monkeypatch.setattr(convert_checkpoint, "write_shard", spoil)
     monkeypatch.setattr(convert_checkpoint, "link", spoil_link)
     result = convert(source, tmp_path / "target", how, "--verify")
-    assert result.returncode == 1 and "was not written as it should be" in result.stderr
+    assert result.returncode == 1 and "was not written correctly" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -471,7 +467,7 @@ def test_finished_shards_are_kept_and_other_runs_refused(source, tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(convert_checkpoint, "write_shard", stop_at_second_shard)
         result = convert(source, target, *options)
-    assert result.returncode == 130 and "the same command goes on" in result.stderr and not target.exists()
+    assert result.returncode == 130 and "Repeat the command" in result.stderr and not target.exists()
     first = first_file(whole).name
     inode = os.stat(partial / "package" / first).st_ino
     result = convert(source, target, "--max-shard-size", "50KB")
@@ -499,7 +495,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(source, tmp_path, monkey
     monkeypatch.setattr(convert_checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     for options in (["--dtype", "float32"], ["--copy"]):
         result = convert(source, tmp_path / "target", *options)
-        assert result.returncode == 1 and "1000 are free" in result.stderr and not list(tmp_path.iterdir())
+        assert result.returncode == 1 and "1000 free" in result.stderr and not list(tmp_path.iterdir())
     converted(source, tmp_path / "target")
 
 
@@ -546,7 +542,7 @@ def test_engines_lists_what_each_would_do(tmp_path):
 
     assert all(verdicts == ["as here"] * 2 for verdicts in rows().values())
     assert rows('text_config.hidden_act="gelu"')["activation"] == ["wrong: computes with silu"] * 2
-    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: takes one"] * 2
+    assert rows("text_config.num_attention_groups=2")["key/value heads"] == ["error: supports one"] * 2
     assert rows("text_config.tie_word_embeddings=true")["output head"] == ["as here"] * 2  # the converter writes it
     rope = '{"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2048, '
     rope += '"low_freq_factor": 1.0, "high_freq_factor": 4.0}'

@@ -81,11 +81,11 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
         (b'{"messages": "\xff"}', "is not UTF-8"),
         (b'{"messages": [], "messages": []}', 'has the key "messages" twice'),
         (b'{"a":' + b"[" * 100_000, "is nested too deeply"),
-        ({"messages": []}, "`messages` must be a list of one at least"),
+        ({"messages": []}, "`messages` must be a list with at least one"),
         ({"messages": [{"role": "tool", "content": "1"}]}, "message 1: the role must be system, user or assistant"),
         ({"messages": [*good, *good[::-1]]}, "message 3 (assistant): it is the user's turn"),
-        ({"messages": [user("<image>?"), assistant("Two.")]}, "has 0 in `images`, and 1 marks"),
-        ({"messages": good, "images": [str(folder / "0.png")]}, "has 1 in `images`, and 0 marks"),
+        ({"messages": [user("<image>?"), assistant("Two.")]}, "has 0 in `images`, and 1 placeholders"),
+        ({"messages": good, "images": [str(folder / "0.png")]}, "has 1 in `images`, and 0 placeholders"),
         ({"messages": [user("Hello."), assistant(" ")]}, "message 2 (assistant): is empty"),
         ({"messages": [user("Hello.")]}, "has no assistant's message"),
         ({"messages": [*good, user("And?")]}, "ends with the user's message"),
@@ -94,10 +94,10 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
         *(
             ({"messages": [user("<image>"), assistant("Two.")], "images": [name]}, message)
             for name, message in [
-                ("none.png", 'no picture at "none.png"'),
+                ("none.png", 'no image at "none.png"'),
                 ("broken.png", "broken.png cannot be read"),
                 ("huge.png", "huge.png cannot be read: DecompressionBombError"),
-                ("pipe.png", 'no picture at "pipe.png"'),
+                ("pipe.png", 'no image at "pipe.png"'),
                 ("https://example.com/a.png", "download it first"),
                 ("data:image/png;base64,?", "is not base64"),
             ]
@@ -185,7 +185,7 @@ def test_what_only_a_tokenizer_tells(folder, tmp_path):
     assert check_tokens(conversations[:1], sizes, processor, length, faults) == length and not faults
     check_tokens(conversations, sizes, processor, length - 1, faults)
     assert faults == [
-        f"{data}:1: has {length} tokens, and at most {length - 1} are taken",
+        f"{data}:1: has {length} tokens, more than {length - 1}",
         f"{data}:2: has the special token <|EOT|> in its text",
         f"{data}:3: has the special token <|EOT|> in its text",
     ]
@@ -279,7 +279,7 @@ def test_a_full_disk_and_how_to_go_on_are_told_in_a_line(folder, tmp_path, limit
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert any(
-        line.startswith("finetune_lora.py: a file could not be") and line.endswith(": go on with --resume")
+        line.startswith("finetune_lora.py: a file could not be") and line.endswith(": resume with --resume")
         for line in result.stderr.splitlines()
     )
 
@@ -293,7 +293,7 @@ def test_an_interrupted_training_says_how_to_go_on(folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "finetune_lora.py: interrupted: go on with --resume" in errors.splitlines()
+    assert "finetune_lora.py: interrupted: resume with --resume" in errors.splitlines()
 
 
 def test_the_trained_model_is_gone_before_the_merged_one_is_made(folder, tmp_path, monkeypatch):

@@ -77,4 +77,4 @@ def test_step3_tiny():
 
 def test_no_config(tmp_path):
     result = run("plan.py", tmp_path)
-    assert result.returncode == 2 and "config.json: cannot be read" in result.stderr
+    assert result.returncode == 2 and "'config.json' is missing from" in result.stderr

@@ -202,7 +202,7 @@ def test_a_checkpoint_on_the_hub_is_converted(push, directory, tmp_path):
     files = {path.name: path.read_bytes() for path in (tmp_path / "target").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
     missing = run("convert_checkpoint.py", "someone/nothing", tmp_path / "none", **push.environment)
-    assert missing.returncode == 1 and "not to be had from the hub" in missing.stderr, missing.stderr
+    assert missing.returncode == 1 and "the hub does not provide it" in missing.stderr, missing.stderr
 
 
 def test_a_card_is_completed_not_replaced(hub, push, directory):
@@ -299,9 +299,9 @@ def test_everything_that_must_not_go_up_is_named(hub, push, directory):
     result = push(directory, REPO)
     assert result.returncode == 1 and not hub.repos
     for text in (
-        ".env: is no part of a model",
-        "training_args.bin: is no part",
-        "modeling_step3.py: is not the package's own",
+        ".env: is not part of a model",
+        "training_args.bin: is not part",
+        "modeling_step3.py: is not the package's version",
         "README.md: line 3 looks like a Hugging Face token",
         "`auto_map` must name modeling_step3.Step3VLModel for AutoModel, got 'someone/else--",
     ):

@@ -162,12 +162,12 @@ def test_benchmark_beside_vllm(tmp_path):
 
 def test_benchmark_names_what_is_wrong(tmp_path):
     for arguments, message in [
-        (("decode", "--batch", 0), "must be 1 at least, got 0"),
-        (("decode", "--device", "cuda"), "there is no CUDA device here"),
-        (("prefill", "--plot", tmp_path / "plot.png"), "--plot is of decode"),
+        (("decode", "--batch", 0), "must be at least 1, got 0"),
+        (("decode", "--device", "cuda"), "this machine has no CUDA device"),
+        (("prefill", "--plot", tmp_path / "plot.png"), "--plot is only for decode"),
         (("decode", "--vllm", tmp_path), "has no env.sh"),
-        (("decode", "--table", tmp_path / "page.md"), "is no file with `benchmark.py --table` in it"),
-        (("decode", "--json", tmp_path / "none" / "results.json"), f"there is no folder {tmp_path / 'none'}"),
+        (("decode", "--table", tmp_path / "page.md"), "must be a file that contains `benchmark.py --table`"),
+        (("decode", "--json", tmp_path / "none" / "results.json"), f"{tmp_path / 'none'} is not a directory"),
     ]:
         result = run("benchmark.py", *arguments, CUDA_VISIBLE_DEVICES="")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

@@ -278,7 +278,7 @@ def test_pictures_are_read_from_one_folder_alone(server):
         with pytest.raises(openai.BadRequestError) as error:
             server.ask(url, QUESTION)
         reasons.add(re.sub(r"'.*?'", "...", error.value.body["message"]))
-    assert reasons == {"There is no picture ... in the folder that pictures are read from."}
+    assert reasons == {"There is no image ... in the directory that images are read from."}
 
 
 @each_engine
@@ -291,7 +291,7 @@ def test_hostile_requests_end_in_a_reason(server):
         "huge": (chat, question(picture, QUESTION), (413,), "pixels"),
         "cut": (chat, question(f"data:image/png;base64,{cut}", QUESTION), (400,), ""),
         "broken": (chat, question(f"data:image/gif;base64,{broken}", QUESTION), (400,), ""),
-        "text": (chat, question("data:image/png;base64,aGVsbG8=", QUESTION), (400,), "The picture is none"),
+        "text": (chat, question("data:image/png;base64,aGVsbG8=", QUESTION), (400,), "The image must be one of"),
         "no base64": (chat, question("data:image/png;base64,%%%", QUESTION), (400,), "base64"),
         "remote": (chat, question("http://127.0.0.1:9/picture.png", QUESTION), (400,), "not fetched from '127.0.0.1'"),
         "role": (chat, {"messages": [{"role": "wizard", "content": "Hello"}]}, (400,), "'wizard'"),

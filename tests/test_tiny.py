@@ -241,7 +241,7 @@ def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tm
     for arguments, message in (
         (("whole",), "exists already"),
         (("resumed",), "--resume"),
-        (("none", "--resume"), "no training to resume"),
+        (("none", "--resume"), "has no training to resume"),
     ):
         monkeypatch.setattr(sys, "argv", ["train_tiny.py", str(tmp_path / arguments[0]), *arguments[1:]])
         with pytest.raises(SystemExit, match="2"):

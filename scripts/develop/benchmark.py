@@ -1,4 +1,4 @@
-"""Measures this package beside the original code's algorithm, vLLM and what the machine can do, in one run.
+"""Compares the speed of this package with the original algorithm, vLLM and the machine's limits, in one run.
 
 python scripts/develop/benchmark.py decode --dtype bfloat16 --batch 1 8 32 --compile --vllm DIRECTORY --plot decode.png
 python scripts/develop/benchmark.py all --json results.json
@@ -39,13 +39,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from step3_vl import (
-    Step3TextConfig,
-    Step3VisionEncoderConfig,
-    Step3VLConfig,
-    Step3VLImageProcessor,
-    Step3VLModel,
-)
+from step3_vl import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, Step3VLImageProcessor, Step3VLModel
 from step3_vl.generation_step3 import CACHE_NAME
 
 
@@ -56,8 +50,8 @@ from files import replacing, write_bytes, write_json
 SCRIPTS = Path(__file__).parents[1]
 FUSIONS = ("step3_qkv", "step3_gate_up")
 TABLE_MARK = "`benchmark.py --table`"
-STEPS = 17  # tokens of an answer whose decoding is timed
-CHECKED = 48  # tokens of the prompts after which vLLM's answers are checked
+STEPS = 17  # tokens to generate when decoding is timed
+CHECKED = 48  # tokens of the prompts that check vLLM's answers
 TEXT_SIZES = {
     "tiny": {
         "hidden_size": 128,
@@ -71,7 +65,7 @@ TEXT_SIZES = {
         "share_expert_dim": 64,
         "vocab_size": 512,
     },
-    "medium": {  # 2.1 G weights, of which a token reads 0.36 G: with vLLM beside it, 10 GB in bfloat16
+    "medium": {  # 2.1 G weights, of which a token reads 0.36 G; with vLLM, 10 GB in bfloat16
         "hidden_size": 4096,
         "intermediate_size": 8192,
         "num_hidden_layers": 4,
@@ -83,7 +77,7 @@ TEXT_SIZES = {
         "share_expert_dim": 1024,
         "vocab_size": 8192,
     },
-    "real-layer": {},  # the released dimensions: a layer of experts is 10.6 GB in bfloat16, all else 5.4 GB
+    "real-layer": {},  # the released dimensions; in bfloat16, a layer's experts take 10.6 GB, the rest 5.4 GB
 }
 VISION_SIZES = {
     "tiny": {
@@ -99,11 +93,11 @@ VISION_SIZES = {
 }
 
 
-# The original code's algorithm, written plainly, on the same weights --------------------------------------------------
+# The original algorithm, written plainly, on the same weights ---------------------------------------------------------
 
 
 def original_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The key/value head is copied for each of the query heads."""
+    """Copies the key/value head for each query head."""
     copies = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(copies, dim=1) for states in (key, value))
     weights = query @ key.transpose(2, 3) * scaling
@@ -114,7 +108,7 @@ def original_attention(module, query, key, value, attention_mask, scaling, dropo
 
 
 def original_experts(self, hidden_states, top_k_index, top_k_weights):
-    """All experts are gone through, chosen or not."""
+    """Runs every expert, chosen or not."""
     output = torch.zeros_like(hidden_states)
     chosen = nn.functional.one_hot(top_k_index, self.num_experts).permute(2, 1, 0)
     for expert in range(self.num_experts):
@@ -135,7 +129,7 @@ def on_same_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def as_original(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with the original algorithm, on the very same weights."""
+    """The model with the original algorithm, sharing its weights."""
     original = on_same_weights(model)
     original.set_attn_implementation("original")
     original.set_experts_implementation("original")
@@ -146,7 +140,7 @@ def as_original(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Machine:
-    """What the device can do: reading and multiplying, and a clock that waits for it."""
+    """The device's speed at reading memory and multiplying matrices, and a clock that waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -167,7 +161,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def seconds_per_byte(self) -> float:
-        """Of summing up 512 MB on a CPU; on a GPU, of the faster of summing up 4 GB and copying half of them."""
+        """Measured by summing 512 MB on a CPU; on a GPU by the fastest of several ways to read 4 GB."""
         return self.seconds(self.buffer.sum) / self.buffer.nbytes if self.device.type == "cpu" else self.best_reading()
 
     def best_reading(self) -> float:
@@ -177,22 +171,10 @@ class Machine:
         return min(self.seconds(way) for way in ways for _ in range(3)) / self.buffer.nbytes
 
     def seconds_per_flop(self, dtype: torch.dtype) -> float:
-        """Of one product of large square matrices; on a GPU, of the fastest of three."""
+        """Measured by one product of large square matrices; on a GPU by the fastest of three."""
         square = self.square.to(dtype)
         repeats = 1 if self.device.type == "cpu" else 3
         return min(self.seconds(lambda: square @ square) for _ in range(repeats)) / (2 * len(square) ** 3)
-
-    def peak_bytes(self, call: Callable) -> int:
-        """The most memory that a call takes beyond what was taken before it."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            call()
-            return torch.cuda.max_memory_allocated(self.device) - before
-        Path("/proc/self/clear_refs").write_text("5")  # what the highest mark is counted from
-        before = memory_in_use("VmRSS:")
-        call()
-        return max(memory_in_use("VmHWM:") - before, 0)
 
 
 def cpu_name() -> str:
@@ -201,33 +183,19 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def memory_in_use(field: str) -> int:
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(int(line[1]) * 1024 for line in lines if line[0] == field)
-
-
 @dataclass
 class Case:
-    """
-    Something to measure.
+    """Something to measure, compared with the case whose name has `original` as `what` and is otherwise the same."""
 
-    Args:
-        name: What it is, in the columns of the table; `what` is one of them, and of equal others `original`.
-        call: Does it once. What measures itself returns seconds.
-        work: How many bytes it reads or operations it takes at least.
-        held: Bytes that it holds between calls, or `None` where another process holds them.
-    """
-
-    name: dict[str, str | int]
-    call: Callable[[], float | object]
-    work: float
-    held: int | None = 0
+    name: dict[str, str | int]  # values of the table's columns
+    call: Callable[[], float | object]  # runs it once; a float is its time in seconds
+    work: float  # least number of bytes to read, or of operations
 
 
 def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], float], repeats: int) -> list[dict]:
     """
-    Seconds of each case, in turn, and beside each call what the machine takes at least for a unit of work. The rows
-    have medians, the spread, and the medians of each repeat's ratios.
+    Times the cases alternately, with `seconds_of_work`, the machine's least time for a unit of work, before each call.
+    The rows have medians, lows and highs, and the medians of each repeat's ratios.
     """
     for case in cases:
         for _ in range(1 if machine.device.type == "cpu" else 3):  # a GPU loads its kernels at their first calls
@@ -248,15 +216,13 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
                 beside["against_original"] = its_own
         for ratio, others in beside.items():
             row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
-        if case.held is not None:
-            row["bytes"] = case.held + machine.peak_bytes(case.call)
         rows.append(row)
     return rows
 
 
 def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: argparse.Namespace) -> PreTrainedModel:
-    """A random model, made where it is to run; a seed makes them alike. On a CPU, of the released dimensions only what
-    chooses experts is random, the other weights are zeros: as slow to read, and there at once."""
+    """A random model on the device, always the same. On a CPU at the released dimensions, only the weights that select
+    experts are random. The others are zero, which is faster to create and takes as long to read."""
     sizes = dict(TEXT_SIZES[size])
     if size == "real-layer":
         sizes["num_hidden_layers"] = 1 + options.layers
@@ -281,7 +247,7 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
 
 
 def variants(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """What is measured, by its name, all on the same weights but for those that are fused."""
+    """The models to measure, by name, with equal weights."""
     models = {"original": as_original(model)} if options.original else {}
     models["package"] = model
     if options.fuse:
@@ -312,7 +278,7 @@ def placements(model: PreTrainedModel) -> dict[str, dict]:
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
-    """How many weights are read for `tokens` tokens in one pass, and how many multiplied for each of them."""
+    """The number of weights that a pass of `tokens` tokens reads, and the number multiplied for each token."""
     config = model.config.get_text_config()
     share = config.moe_top_k / config.moe_num_experts
     read = multiplied = 0
@@ -325,7 +291,7 @@ def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
 
 
 def fill(cache, model: PreTrainedModel, batch: int, context: int):
-    """The cache, with `context` random keys and values in each layer."""
+    """Fills each layer of the cache with `context` random keys and values."""
     config = model.config
     shape = (batch, config.num_attention_groups, context, config.head_dim)
     for layer in range(config.num_hidden_layers):
@@ -335,7 +301,7 @@ def fill(cache, model: PreTrainedModel, batch: int, context: int):
 
 
 class Clock(StoppingCriteria):
-    """Notes when each token is there."""
+    """Records the time of each token."""
 
     def __init__(self, machine: Machine):
         self.machine = machine
@@ -370,25 +336,25 @@ class VLLM:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            sys.exit(f"vLLM ended:\n{self.log.read()[-3000:]}")
+            sys.exit(f"vLLM stopped:\n{self.log.read()[-3000:]}")
         return line
 
     def answer(self, ids: torch.Tensor) -> dict:
-        """`seconds` of a decoding step after the prompts (rows, tokens), and the `answers`."""
+        """Answers prompts (rows, tokens): `answers`, and the `seconds` of a decoding step."""
         print(json.dumps({"prompts": ids.tolist(), "tokens": STEPS}), file=self.process.stdin, flush=True)
         return json.loads(self.read())
 
     def check_answers(self, model: PreTrainedModel) -> None:
-        """Prints how far its answers are from the package's: the rounding of its type, or the times mean nothing."""
+        """Compares its answers with the package's. They may differ by rounding; otherwise its times mean nothing."""
         ids = torch.randint(10, model.config.vocab_size, (4, CHECKED), device=model.device)
         answers = torch.tensor(self.answer(ids)["answers"], device=model.device)
         logits = model(torch.cat([ids, answers], 1)[:, :-1], logits_to_keep=STEPS).logits.float()
         chosen = logits.gather(-1, answers[..., None])[..., 0]
         below = ((logits.amax(-1) - chosen) / logits.std(-1).clamp(min=1e-6)).max().item()
         equal = (logits.argmax(-1) == answers).float().mean().item()
-        print(f"vLLM's tokens: {equal:.0%} are the package's, the others up to {below:.3f} deviations below it")
+        print(f"vLLM's tokens: {equal:.0%} are the package's, others up to {below:.3f} standard deviations below")
         if below > 0.5:
-            sys.exit("vLLM's answers are not the package's.")
+            sys.exit("vLLM's answers differ from the package's.")
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -397,7 +363,7 @@ class VLLM:
 
 
 def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """A token after others in `generate`: for each number of rows with the first context, for each context with the
+    """Decoding a token in `generate`, for each number of rows with the first context, and for each context with the
     first number of rows."""
     plain = make_text_model(size, dtype, machine, options)
     config = plain.config
@@ -435,13 +401,13 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
         for what, model in models.items():
             make_cache = partial(DynamicCache, config=config)
             call = partial(step, model, ids, make_cache, disable_compile=True)
-            cases.append(Case({**name, "what": what}, call, work, cached))
+            cases.append(Case({**name, "what": what}, call, work))
             if options.compile and what != "original":
                 make_cache = partial(StaticCache, config=config, max_cache_len=context + options.steps + 1)
                 call = partial(step, model, ids, make_cache, compile_config=compile_config)
-                cases.append(Case({**name, "what": f"{what}, compiled"}, call, work, cached))
+                cases.append(Case({**name, "what": f"{what}, compiled"}, call, work))
         if vllm:
-            cases.append(Case({**name, "what": "vLLM"}, lambda ids=ids: vllm.answer(ids)["seconds"], work, None))
+            cases.append(Case({**name, "what": "vLLM"}, lambda ids=ids: vllm.answer(ids)["seconds"], work))
     rows = measure(machine, cases, machine.seconds_per_byte, options.repeats)
     if vllm:
         vllm.close()
@@ -449,12 +415,12 @@ def benchmark_decode(machine: Machine, options: argparse.Namespace, size: str, d
 
 
 def attention_flops(config: Step3TextConfig, context: int) -> float:
-    """Of each token of a prompt, which sees half of it."""
+    """Operations per token of a prompt; a token attends to half of it on average."""
     return 2 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
 def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """A prompt of `context` tokens, whose last one's logits are wanted; with several rows, all but one are padded."""
+    """A prompt of `context` tokens with the last token's logits. Of several rows, all but the first are padded."""
     plain = make_text_model(size, dtype, machine, options)
     models = variants(plain, options)
     head = plain.lm_head.weight.numel()
@@ -475,7 +441,7 @@ def benchmark_prefill(machine: Machine, options: argparse.Namespace, size: str, 
 
 
 def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """Pictures of six patches, encoded together and one square at a time."""
+    """Images with six patches each, encoded together and one square at a time."""
     vision_config = Step3VisionEncoderConfig(**VISION_SIZES[size])
     config = Step3VLConfig(
         text_config={**TEXT_SIZES["tiny"], "vocab_size": 1024, "num_hidden_layers": 1, "moe_layers_enum": "0"},
@@ -512,7 +478,7 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
 
 
 def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The global view of an RGB picture and its patches, a square at a time, each through every step."""
+    """The global view of an RGB image and its patches, computed one square at a time."""
     plan = processor.plan(*picture.size)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
 
@@ -535,7 +501,7 @@ def plain_pixels(processor: Step3VLImageProcessor, picture: Image.Image) -> tupl
 
 
 def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
-    """Pictures to pixels on the CPU: one of 3024 x 3024 pixels, with 36 patches, and eight of 1000 x 700."""
+    """Preprocessing on the CPU: one image of 3024 x 3024 pixels, with 36 patches, and eight of 1000 x 700."""
     processor = Step3VLImageProcessor()
 
     def one_at_a_time(pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -549,7 +515,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
         outputs = processor(pictures, return_tensors="pt")
         views, patches = one_at_a_time(pictures)
         if not (torch.equal(outputs["pixel_values"], views) and torch.equal(outputs["patch_pixel_values"], patches)):
-            sys.exit("The package's pixels are not those of the plain path.")
+            sys.exit("The package's pixels differ from the plain computation's.")
         work = 3 * count * size[0] * size[1] + views.nbytes + patches.nbytes
         cases.append(Case({"pictures": name, "what": "original"}, partial(one_at_a_time, pictures), work))
         call = partial(processor, pictures, return_tensors="pt")
@@ -558,7 +524,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
 
 
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
-    """One step forward and backward over `context` tokens."""
+    """A forward and backward pass over `context` tokens."""
     plain = make_text_model(size, dtype, machine, options).train()
     models = [("original", as_original(plain))] * options.original + [("package", plain)]
     multiplied = active_weights(plain, 1)[1]
@@ -583,7 +549,7 @@ def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dt
 # Converting and loading -----------------------------------------------------------------------------------------------
 
 
-# A model of one layer has these weights; each further layer has as many experts more.
+# The sizes of the checkpoint to load.
 LOADED = {
     "hidden_size": 1024,
     "intermediate_size": 2048,
@@ -595,45 +561,28 @@ LOADED = {
     "share_expert_dim": 1024,
 }
 LOADED_LAYER_BYTES = 2 * 3 * LOADED["moe_num_experts"] * LOADED["hidden_size"] * LOADED["moe_intermediate_size"]
-# What a fresh process does with a directory of weights that are on the disk, not in memory. Every page is touched, as
-# weights may be mapped, not read. Memory is counted with and without pages of the files, which the system takes back.
+# A fresh process reads weights from the disk. It touches every page, because weights may be memory-mapped.
 READ = """
-import json, os, sys, threading, time
-import torch
+import os, sys, time
 from pathlib import Path
 from safetensors.torch import load_file
 import step3_vl
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 logging.disable_progress_bar()
-def bytes_used():
-    lines = (line.split() for line in open("/proc/self/status"))
-    used = {line[0]: int(line[1]) * 1024 for line in lines if line[0] in ("RssAnon:", "VmRSS:")}
-    return used["RssAnon:"], used["VmRSS:"]
-def watch():
-    while not done:
-        used.append(bytes_used())
-        time.sleep(0.005)
-for path in Path(sys.argv[2]).glob("*.safetensors"):
+paths = list(Path(sys.argv[2]).glob("*.safetensors"))
+for path in paths:
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-before, used, done = bytes_used(), [], False
-watcher = threading.Thread(target=watch)
-watcher.start()
 start = time.perf_counter()
 if sys.argv[1] == "safetensors":
-    tensors = [tensor for path in Path(sys.argv[2]).glob("*.safetensors") for tensor in load_file(path).values()]
+    tensors = [tensor for path in paths for tensor in load_file(path).values()]
 else:
     model = AutoModelForImageTextToText.from_pretrained(sys.argv[2])
     tensors = list(model.parameters())
 for tensor in tensors:
     tensor.detach().view(-1)[::1024].sum()
-seconds = time.perf_counter() - start
-done = True
-watcher.join()
-size = sum(tensor.nbytes for tensor in tensors)
-private, total = ((max(peak) - start) / size for peak, start in zip(zip(*used), before))
-print(json.dumps({"seconds": seconds, "private": private, "total": total}))
+print(time.perf_counter() - start)
 """
 
 
@@ -644,65 +593,36 @@ def run(*command) -> str:
     return result.stdout
 
 
-def seconds_of(*command) -> float:
-    start = time.perf_counter()
-    run(*command)
-    return time.perf_counter() - start
-
-
-def measure_load(gigabytes: float, repeats: int, directory: Path) -> dict[str, list[float]]:
-    """
-    Seconds of `cp`, which leaves it to the system when its copy gets to the disk, of `cp` until it is there, a rewrite
-    into other shards and an adoption; of reading the weights with safetensors alone and with `from_pretrained`; and
-    memory as a multiple of the weights. Interleaved.
-    """
-    names = ("cp", "cp and sync", "rewrite", "adopt", "safetensors", "from_pretrained", "private memory", "memory")
-    measured = {name: [] for name in names}
+def benchmark_load(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
+    """Rewriting a checkpoint in other shards, compared with `cp`, and loading it, compared with safetensors alone."""
+    seconds = {name: [] for name in ("cp and sync", "rewrite", "safetensors", "from_pretrained")}
     convert = (sys.executable, SCRIPTS / "convert_checkpoint.py")
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with tempfile.TemporaryDirectory(dir=options.directory) as folder:
         folder = Path(folder)
-        layers = 1 + max(round(gigabytes * 1e9 / LOADED_LAYER_BYTES), 1)
-        settings = [
-            f"--set=text_config.{name}={size}" for name, size in {**LOADED, "num_hidden_layers": layers}.items()
-        ]
-        settings += ["--set=text_config.moe_layers_enum=null", "--dtype=bfloat16"]
-        run(sys.executable, SCRIPTS / "tiny" / "make_random_model.py", folder / "whole", *settings)
+        layers = 1 + max(round(options.gigabytes * 1e9 / LOADED_LAYER_BYTES), 1)
+        sizes = {**LOADED, "num_hidden_layers": layers, "moe_layers_enum": "null"}
+        settings = [f"--set=text_config.{name}={value}" for name, value in sizes.items()]
+        run(sys.executable, SCRIPTS / "tiny" / "make_random_model.py", folder / "whole", *settings, "--dtype=bfloat16")
         source, target = folder / "source", folder / "target"
         run(*convert, folder / "whole", source, "--max-shard-size", "1GB")
         run("rm", "-r", folder / "whole")
         tasks = {
-            "cp": ("cp", "-r", source, target),
             "cp and sync": ("sh", "-c", f"cp -r '{source}' '{target}' && sync '{target}'/*"),
             "rewrite": (*convert, source, target, "--max-shard-size", "700MB"),
-            "adopt": (*convert, source, target),
         }
-        for _ in tqdm(range(repeats), desc="Measuring"):
+        for _ in tqdm(range(options.repeats), desc="Measuring"):
             for name, command in tasks.items():
                 run("sync")
-                measured[name].append(seconds_of(*command))
+                seconds[name].append(machine.seconds(lambda command=command: run(*command)))
                 run("rm", "-r", target)
             for name in ("safetensors", "from_pretrained"):
-                result = json.loads(run(sys.executable, "-W", "ignore", "-c", READ, name, source))
-                measured[name].append(result["seconds"])
-            measured["private memory"].append(result["private"])
-            measured["memory"].append(result["total"])
-    return measured
-
-
-def benchmark_load(machine: Machine, options: argparse.Namespace, *_) -> list[dict]:
-    """Converting and loading a checkpoint, beside `cp` and safetensors."""
-    measured = measure_load(options.gigabytes, options.repeats, options.directory)
-    limits = {"rewrite": "cp and sync", "adopt": "cp and sync", "from_pretrained": "safetensors"}
+                seconds[name].append(float(run(sys.executable, "-W", "ignore", "-c", READ, name, source)))
+    limits = {"rewrite": "cp and sync", "from_pretrained": "safetensors"}
     rows = []
-    for name, values in measured.items():
-        if "memory" not in name:
-            row = {"what": name, "seconds": statistics.median(values), "low": min(values), "high": max(values)}
-            if name in limits:
-                row["of_limit"] = statistics.median(measured[limits[name]]) / row["seconds"]
-            rows.append(row)
-    weights = options.gigabytes * 1e9
-    rows[-1]["bytes"] = statistics.median(measured["memory"]) * weights
-    rows[-1]["private_bytes"] = statistics.median(measured["private memory"]) * weights
+    for name, own in seconds.items():
+        rows.append({"what": name, "seconds": statistics.median(own), "low": min(own), "high": max(own)})
+        if name in limits:
+            rows[-1]["of_limit"] = statistics.median(seconds[limits[name]]) / rows[-1]["seconds"]
     return rows
 
 
@@ -716,27 +636,18 @@ BENCHMARKS = {
     "load": benchmark_load,
     "train": benchmark_train,
 }
-LIMITS = {
-    "decode": "reading",
-    "prefill": "products",
-    "vision": "products",
-    "preprocess": "reading",
-    "train": "products",
-}
+LIMITS = dict.fromkeys(("prefill", "vision", "train"), "products") | dict.fromkeys(("decode", "preprocess"), "reading")
 
 
 def print_table(name: str, rows: list[dict]) -> None:
-    columns = ("size", "dtype", "pictures", "context", "batch", "what", "ms", "spread", "of limit", "x original", "MB")
-    table = []
+    names = ("size", "dtype", "pictures", "context", "batch", "what")
+    columns, table = (*names, "ms", "spread", "of limit", "x original"), []
     for row in rows:
-        cells = {
-            column: str(row.get(column, "")) for column in ("size", "dtype", "pictures", "context", "batch", "what")
-        }
+        cells = {column: str(row.get(column, "")) for column in names}
         cells["ms"] = f"{row['seconds'] * 1e3:.1f}"
         cells["spread"] = f"{row['low'] * 1e3:.1f} to {row['high'] * 1e3:.1f}"
         cells["of limit"] = f"{row['of_limit']:.2f}" if "of_limit" in row else ""
         cells["x original"] = f"{row['against_original']:.2f}" if "against_original" in row else ""
-        cells["MB"] = f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else ""
         table.append(cells)
     columns = [column for column in columns if any(cells[column] for cells in table)]
     widths = {column: max(len(column), *(len(cells[column]) for cells in table)) for column in columns}
@@ -746,7 +657,7 @@ def print_table(name: str, rows: list[dict]) -> None:
 
 
 def decode_table(rows: list[dict], machine: Machine) -> str:
-    """Tokens a second of all rows together, in Markdown."""
+    """Tokens per second over all rows, as a Markdown table."""
     first = rows[0]
     rows = [row for row in rows if all(row[name] == first[name] for name in ("size", "dtype", "context"))]
     counts = list(dict.fromkeys(row["batch"] for row in rows))
@@ -760,7 +671,7 @@ def decode_table(rows: list[dict], machine: Machine) -> str:
 
 
 def update_table(path: Path, rows: list[dict], machine: Machine) -> None:
-    """Puts the table in the place of the one below the line with the mark in a Markdown file."""
+    """Replaces the table below the line with `TABLE_MARK` in a Markdown file."""
     lines = path.read_text().splitlines()
     start = next(index for index, line in enumerate(lines) if TABLE_MARK in line) + 1
     rest = lines[start:]
@@ -771,7 +682,7 @@ def update_table(path: Path, rows: list[dict], machine: Machine) -> None:
 
 
 def plot(path: Path, rows: list[dict], machine: Machine) -> None:
-    """Tokens a second of decoding, against the number of rows and against the context."""
+    """Plots the tokens per second of decoding against the number of rows and the context."""
     try:
         from matplotlib import pyplot
     except ModuleNotFoundError:
@@ -795,7 +706,7 @@ def plot(path: Path, rows: list[dict], machine: Machine) -> None:
         axes.set_xticks(ticks, ticks)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="tokens a second")
+    panels[0].set(ylabel="tokens per second")
     panels[0].legend(fontsize=8)
     figure.suptitle(f"Decoding: {machine.name}, {first['dtype']}, {first['size']}", fontsize=10)
     with replacing(path) as unfinished:
@@ -805,7 +716,7 @@ def plot(path: Path, rows: list[dict], machine: Machine) -> None:
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 at least, got {number}")
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
 
 
@@ -813,43 +724,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--sizes", nargs="+", choices=TEXT_SIZES, default=["medium"], help="(default: medium)")
-    parser.add_argument("--layers", type=positive, default=1, help="mixture layers of real-layer (default: 1)")
-    parser.add_argument("--experts", type=positive, help="experts of a mixture (default: the size's)")
-    parser.add_argument("--pictures", type=positive, default=8, help="to encode (default: 8)")
-    parser.add_argument("--no-original", dest="original", action="store_false", help="leave out the original's code")
+    parser.add_argument("--layers", type=positive, default=1, help="MoE layers of real-layer (default: 1)")
+    parser.add_argument("--experts", type=positive, help="experts per MoE layer (default: the size's)")
+    parser.add_argument("--pictures", type=positive, default=8, help="images to encode (default: 8)")
+    parser.add_argument("--no-original", dest="original", action="store_false", help="leave out the original algorithm")
     parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
     parser.add_argument(
         "--offload", nargs="+", choices=("mapped", "accelerate"), default=[], help="also measure experts on the CPU"
     )
     parser.add_argument(
-        "--vllm", type=Path, metavar="DIRECTORY", help="vLLM's environment, as scripts/develop/engines.sh makes"
+        "--vllm", type=Path, metavar="DIRECTORY", help="also measure vLLM; made by scripts/develop/engines.sh"
     )
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--context", nargs="+", type=positive, default=[512], help="tokens (default: 512)")
+    parser.add_argument("--context", nargs="+", type=positive, default=[512], help="tokens before (default: 512)")
     parser.add_argument("--batch", nargs="+", type=positive, default=[1], help="rows (default: 1)")
     parser.add_argument("--compile", action="store_true", help="also measure the compiled decoding step")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
     parser.add_argument("--steps", type=positive, default=STEPS, help=f"tokens to decode (default: {STEPS})")
     parser.add_argument("--repeats", type=positive, default=11, help="(default: 11)")
-    parser.add_argument("--gigabytes", type=float, default=4, help="of weights to load (default: 4)")
-    parser.add_argument("--directory", type=Path, help="where to put them (default: where temporary files go)")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
-    parser.add_argument("--plot", type=Path, help="PNG file for decoding's speed; needs matplotlib")
-    parser.add_argument("--table", type=Path, help="Markdown file whose table is made anew")
+    parser.add_argument("--gigabytes", type=float, default=4, help="size of the weights to load (default: 4)")
+    parser.add_argument("--directory", type=Path, help="for temporary files (default: the system's)")
+    parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--plot", type=Path, help="PNG file for a plot of decoding; needs matplotlib")
+    parser.add_argument("--table", type=Path, help="Markdown file whose table of decoding to replace")
     options = parser.parse_args()
     names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here")
+        parser.error("this machine has no CUDA device")
     for option in ("plot", "table", "vllm"):
         if getattr(options, option) and "decode" not in names:
-            parser.error(f"--{option} is of decode")
+            parser.error(f"--{option} is only for decode")
     if options.vllm and not (options.vllm / "env.sh").is_file():
-        parser.error(f"{options.vllm} has no env.sh: make it with scripts/develop/engines.sh")
+        parser.error(f"{options.vllm} has no env.sh; create it with scripts/develop/engines.sh")
     if options.table and TABLE_MARK not in (options.table.read_text() if options.table.is_file() else ""):
-        parser.error(f"{options.table} is no file with {TABLE_MARK} in it")
+        parser.error(f"{options.table} must be a file that contains {TABLE_MARK}")
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"there is no folder {path.absolute().parent}")
+            parser.error(f"{path.absolute().parent} is not a directory")
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

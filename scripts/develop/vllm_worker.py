@@ -1,7 +1,7 @@
-"""vLLM's side of `benchmark.py decode --vllm`: run in vLLM's environment, it answers a line of JSON with another.
+"""The side of `benchmark.py decode --vllm` that runs in vLLM's environment and answers lines of JSON.
 
-A line has the `prompts`, as lists of token ids, and how many `tokens` to answer; the reply has the `answers` and the
-`seconds` of a decoding step, the median of those after the first two: prompts that came before are read in one.
+A line has the `prompts`, as lists of token ids, and the number of `tokens` to generate. The reply has the `answers` and
+the `seconds` of a decoding step: the median without the first two, in which the prompts are read.
 """
 
 import json
@@ -14,7 +14,7 @@ import time
 def main() -> None:
     directory, dtype, max_model_len = sys.argv[1:]
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM writes its own lines to the standard output
+    os.dup2(2, 1)  # vLLM writes to standard output
 
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -24,7 +24,7 @@ def main() -> None:
         dtype=dtype,
         max_model_len=int(max_model_len),
         skip_tokenizer_init=True,
-        enable_prefix_caching=True,  # a prompt that comes again is not read again
+        enable_prefix_caching=True,  # repeated prompts are not read again
     ).llm_engine
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
@@ -44,7 +44,7 @@ def main() -> None:
             outputs = engine.step()
             seconds.append(time.perf_counter() - start)
             answers.update({output.request_id: list(output.outputs[0].token_ids) for output in outputs})
-        # An identifier may come back with a suffix; they are numbers, in order.
+        # vLLM may add a suffix to the ids, which are numbers.
         answers = [answers[name] for name in sorted(answers, key=lambda name: int(name.partition("-")[0]))]
         print(json.dumps({"seconds": statistics.median(seconds[2:]), "answers": answers}), file=replies, flush=True)
 

@@ -1,4 +1,4 @@
-"""Draws scenes and writes conversations about them for `finetune_lora.py`, answered in a way that is new to step3-tiny.
+"""Draws scenes and writes conversations about them for `finetune_lora.py`, with answers of a new kind for step3-tiny.
 
 python scripts/tiny/draw_conversations.py DIRECTORY
 """
@@ -13,11 +13,11 @@ from draw_scene import NUMBERS, Scene, draw_scene, sentence
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import replacing
+from files import new_directory, replacing
 
 
 QUESTION = "What is there?"
-# Scenes of the two files never share a seed with each other, nor with those that step3-tiny was trained on.
+# The two files and step3-tiny's training data have no seed in common.
 FIRST_SEEDS = {"train": 5 * 10**9, "test": 6 * 10**9}
 
 
@@ -29,14 +29,9 @@ def count_and_name(scene: Scene) -> str:
 
 def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
     """
-    Writes `train.jsonl` and `test.jsonl` with so many conversations, and their pictures, in `directory`. Every second
-    one to learn from is of an old kind, as a model forgets what it is no longer asked.
-
-    Raises:
-        `FileExistsError`: if there is something at `directory`.
+    Writes `train.jsonl` and `test.jsonl` with `counts` conversations each, and their images, to `directory`. Every
+    second training conversation has a question that step3-tiny knows, so that it does not forget those.
     """
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
     with replacing(directory) as unfinished:
         for name, count in counts.items():
             (unfinished / name).mkdir(parents=True)
@@ -56,14 +51,11 @@ def draw_conversations(directory: Path, counts: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="where they go; must not exist yet")
-    parser.add_argument("--train", type=int, default=2000, help="conversations to learn from (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=200, help="conversations to measure with (default: %(default)s)")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
+    parser.add_argument("--train", type=int, default=2000, help="training conversations (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=200, help="test conversations (default: %(default)s)")
     arguments = parser.parse_args()
-    try:
-        draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
-    except FileExistsError as error:
-        parser.error(str(error))
+    draw_conversations(arguments.directory, {"train": arguments.train, "test": arguments.test})
 
 
 if __name__ == "__main__":

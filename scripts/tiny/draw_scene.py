@@ -1,4 +1,4 @@
-"""Draws a random scene of coloured shapes, and prints what can be asked about it and the answers.
+"""Draws a random scene of coloured shapes, and prints questions about it with their answers.
 
 python scripts/tiny/draw_scene.py scene.png --seed 7 --layout wide
 """
@@ -30,20 +30,18 @@ COLOURS = {
 }
 # Half a shape's width in pixels.
 SIZES = {"small": 20, "large": 33}
-# For each layout: the side of a cell in pixels, and what the cells are called, row by row.
+# For each layout: the side of a cell in pixels, and the names of the cells by row.
+SQUARE = ("top left", "top", "top right"), ("left", "centre", "right"), ("bottom left", "bottom", "bottom right")
 LAYOUTS = {
-    "square": (
-        80,
-        (("top left", "top", "top right"), ("left", "centre", "right"), ("bottom left", "bottom", "bottom right")),
-    ),
+    "square": (80, SQUARE),
     "wide": (160, (("left", "centre", "right"),)),
     "tall": (160, (("top",), ("centre",), ("bottom",))),
 }
 NUMBERS = ("no", "one", "two", "three")
-# A shape's centre is up to so many pixels off its cell's.
+# Largest distance in pixels between the centres of a shape and its cell.
 JITTER = 8
-# Stripes are lighter and darker lines of one pixel by so much, across the longer side of an elongated picture: plain to
-# see in a patch, and exactly evened out in the global view, which halves that side.
+# How much lighter and darker stripes are than their shape. They are one pixel wide and lie across the longer side of an
+# elongated picture: patches show them, but the global view, which halves that side, averages them out.
 STRIPES = 40
 
 
@@ -61,7 +59,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, its shapes in reading order, and pairs of questions and answers by kind of question."""
+    """An image, its shapes in reading order, and a question with its answer for each kind of question."""
 
     layout: str
     image: Image.Image
@@ -70,41 +68,27 @@ class Scene:
 
 
 def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a shape around (x, y) that reaches `radius` pixels."""
+    """The corners of a shape around (x, y) that reaches `radius` pixels."""
     if kind == "square":
-        corners = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-        return [(x + 0.85 * radius * a, y + 0.85 * radius * b) for a, b in corners]
-    if kind == "triangle":
-        return [(x, y - radius), (x + radius, y + 0.9 * radius), (x - radius, y + 0.9 * radius)]
-    if kind == "cross":
-        a, b = radius / 3, radius
-        corners = [
-            (-a, -b),
-            (a, -b),
-            (a, -a),
-            (b, -a),
-            (b, a),
-            (a, a),
-            (a, b),
-            (-a, b),
-            (-a, a),
-            (-b, a),
-            (-b, -a),
-            (-a, -a),
-        ]
-        return [(x + dx, y + dy) for dx, dy in corners]
-    points = 10 if kind == "star" else 40  # a circle is a polygon of many corners
-    return [
-        (
-            x + radius * (0.42 if kind == "star" and i % 2 else 1) * math.sin(2 * math.pi * i / points),
-            y - radius * (0.42 if kind == "star" and i % 2 else 1) * math.cos(2 * math.pi * i / points),
-        )
-        for i in range(points)
-    ]
+        corners = [(-0.85 * radius, -0.85 * radius), (0.85 * radius, -0.85 * radius)]
+        corners += [(0.85 * radius, 0.85 * radius), (-0.85 * radius, 0.85 * radius)]
+    elif kind == "triangle":
+        corners = [(0, -radius), (radius, 0.9 * radius), (-radius, 0.9 * radius)]
+    elif kind == "cross":
+        third = radius / 3
+        corners = [(-third, -radius), (third, -radius), (third, -third)]
+        for _ in range(3):  # a quarter turn each
+            corners += [(-b, a) for a, b in corners[-3:]]
+    else:
+        points = 10 if kind == "star" else 40  # a circle is drawn as a polygon
+        radii = [radius * (0.42 if kind == "star" and i % 2 else 1) for i in range(points)]
+        angles = [2 * math.pi * i / points for i in range(points)]
+        corners = [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in zip(radii, angles, strict=True)]
+    return [(x + a, y + b) for a, b in corners]
 
 
 def draw_scene(seed: int, layout: str | None = None) -> Scene:
-    """A scene of one to three shapes in different places, the same for the same `seed` and `layout`."""
+    """A scene of one to three shapes in different places, determined by `seed` and `layout`."""
     choose = random.Random(f"{seed} {layout}")
     layout = layout or choose.choices(list(LAYOUTS), weights=(2, 1, 1))[0]
     cell, places = LAYOUTS[layout]
@@ -124,7 +108,7 @@ def draw_scene(seed: int, layout: str | None = None) -> Scene:
         radius = SIZES[size] * choose.uniform(0.93, 1.07)
         room = min(cell / 2 - 4 - radius, JITTER)
         centre = (cell / 2 + choose.uniform(-room, room), cell / 2 + choose.uniform(-room, room))
-        # Drawn at four times the size, for smooth edges.
+        # Drawn at four times the size for smooth edges.
         mask = Image.new("L", (4 * cell, 4 * cell))
         ImageDraw.Draw(mask).polygon(outline(kind, *(4 * x for x in centre), 4 * radius), fill=255)
         opacity = np.asarray(mask.reduce(4), dtype=np.float32)[..., None] / 255
@@ -145,7 +129,7 @@ def sentence(text: str) -> str:
 
 
 def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str, tuple[str, str]]:
-    """A question of each kind that has one answer, and the answer."""
+    """A question with its answer for each kind of question that has a single answer."""
     questions = {
         "describe": ("Describe this picture.", sentence(", ".join(f"at the {s.place} {s}" for s in shapes))),
         "count": ("How many shapes are there?", sentence(NUMBERS[len(shapes)])),
@@ -164,11 +148,10 @@ def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str
         place = choose.choice(shapes).place
     questions["place"] = (f"What is at the {place}?", sentence(str(by_place.get(place, "nothing"))))
 
-    present = choose.random() < 0.5
     pairs = {(shape.colour, shape.kind) for shape in shapes}
-    if present:
+    if choose.random() < 0.5:
         colour, kind = choose.choice(sorted(pairs))
-    else:  # half the time near misses: the colour or the kind of a shape that is there
+    else:  # half of them near misses, with the colour or the kind of a shape in the scene
         colour, kind = choose.choice(list(COLOURS)), choose.choice(KINDS)
         if choose.random() < 0.5:
             near = choose.choice(shapes)
@@ -184,9 +167,9 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("picture", type=Path, help="where to save it, as PNG")
-    parser.add_argument("--seed", type=int, help="draw this scene (default: any)")
-    parser.add_argument("--layout", choices=list(LAYOUTS), help="shape of the picture (default: any)")
+    parser.add_argument("picture", type=Path, help="PNG file to write")
+    parser.add_argument("--seed", type=int, help="number of the scene (default: random)")
+    parser.add_argument("--layout", choices=list(LAYOUTS), help="shape of the picture (default: random)")
     arguments = parser.parse_args()
     seed = random.getrandbits(32) if arguments.seed is None else arguments.seed
     scene = draw_scene(seed, arguments.layout)

@@ -1,4 +1,4 @@
-"""Asks a model about freshly drawn scenes, and prints how many answers are exactly right.
+"""Asks a model about newly drawn scenes, and prints how many answers are exactly right.
 
 python scripts/tiny/evaluate_tiny.py --seed 1234
 python scripts/tiny/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
@@ -37,7 +37,7 @@ class Answer:
 
 
 def fresh_scenes(seed: int, count: int) -> list[Scene]:
-    """Scenes that no training draws, of every layout by turns."""
+    """Scenes that training never draws, alternating between the layouts."""
     layouts = list(LAYOUTS)
     return [draw_scene(2 * 10**9 + seed * 10**6 + i, layouts[i % len(layouts)]) for i in range(count)]
 
@@ -46,19 +46,19 @@ def answer_scenes(
     model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, device=None, **options
 ) -> list[Answer]:
     """
-    The model's greedy answer to every question about `scenes`, each asked by itself, `batch_size` at a time. Without
-    patches, the model sees every picture's global view alone. Inputs go to `device` or the model's, `options` to
-    `generate`.
+    The model's greedy answer to each question about `scenes`, in batches of conversations with one question. Without
+    patches, the model only sees the pictures' global views. Inputs are moved to `device`, by default the model's;
+    `options` are passed to `generate`.
     """
-    asked = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
+    questions = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
     side = processor.image_processor.size["height"]
     answers = []
-    with tqdm(total=len(asked), desc="Asking", unit=" questions") as progress:
-        for start in range(0, len(asked), batch_size):
-            batch = asked[start : start + batch_size]
+    with tqdm(total=len(questions), desc="Asking", unit=" questions") as progress:
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
             conversations = []
             for scene, _, question, _ in batch:
-                # What is square and no larger than the global view is not cut.
+                # A square image of the size of the global view is not cut into patches.
                 image = scene.image if with_patches else scene.image.resize((side, side), Image.Resampling.BILINEAR)
                 content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
                 conversations.append([{"role": "user", "content": content}])
@@ -78,7 +78,7 @@ def answer_scenes(
 
 
 def accuracies(answers: list[Answer]) -> dict[str, dict[str, float]]:
-    """Share of right answers by kind of question and by layout, `"all"` of each included."""
+    """The share of right answers by kind of question and layout; `"all"` stands for all kinds or layouts."""
     counts = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         for kind in (answer.kind, "all"):
@@ -90,20 +90,19 @@ def accuracies(answers: list[Answer]) -> dict[str, dict[str, float]]:
 
 
 def table(shares: dict[str, dict[str, float]]) -> str:
-    """Those shares in per cent, a row for each kind of question."""
+    """The shares in per cent, with a row for each kind of question."""
     columns = [*LAYOUTS, "all"]
     lines = [f"{'exact match, %':16}" + "".join(f"{column:>9}" for column in columns)]
-    for kind in [*(kind for kind in shares if kind != "all"), "all"]:
+    for kind in sorted(shares, key=lambda kind: kind == "all"):
         cells = (f"{100 * shares[kind][c]:9.1f}" if c in shares[kind] else f"{'':9}" for c in columns)
         lines.append(f"{kind:16}" + "".join(cells))
     return "\n".join(lines)
 
 
 def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
-    """Pictures with a question, the answer and the truth: wrong answers first, then some of the right ones."""
+    """Pictures with a question, the answer and the truth: wrong answers first, then evenly spaced right ones."""
     chosen = [answer for answer in answers if not answer.is_right][:limit]
-    room = limit - len(chosen)
-    if room > 0:
+    if room := limit - len(chosen):
         right = [answer for answer in answers if answer.is_right]
         chosen += right[:: max(len(right) // room, 1)][:room]
     width, height, columns = 500, 590, 4
@@ -121,14 +120,10 @@ def contact_sheet(answers: list[Answer], limit: int = 24) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "model", nargs="?", default=TINY, help="directory or hub id (default: the model that comes along)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="first seed of the scenes (default: 0)")
-    parser.add_argument(
-        "--scenes", type=int, default=300, help="how many to draw, a third of each layout (default: 300)"
-    )
-    parser.add_argument("--without-patches", action="store_true", help="show the model the global views alone")
+    parser.add_argument("model", nargs="?", default=TINY, help="directory or hub id (default: step3-tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed of the scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=300, help="number of scenes (default: %(default)s)")
+    parser.add_argument("--without-patches", action="store_true", help="show the model only the global views")
     parser.add_argument("--show", type=Path, metavar="FILE.png", help="save pictures with questions and answers")
     arguments = parser.parse_args()
     processor = AutoProcessor.from_pretrained(arguments.model)

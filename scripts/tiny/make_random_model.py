@@ -1,9 +1,9 @@
 """Makes a random Step3 of any size: a directory with weights in the released layout, a small tokenizer and the code.
 
-The weights mean nothing, but everything else is as in a real checkpoint: for demos, tests and benchmarks.
+Apart from the weights, everything is as in a real checkpoint. It is for demos, tests and benchmarks.
 
-    python scripts/tiny/make_random_model.py DIRECTORY
-    python scripts/tiny/make_random_model.py DIRECTORY --set text_config.num_hidden_layers=8 --dtype bfloat16
+python scripts/tiny/make_random_model.py DIRECTORY
+python scripts/tiny/make_random_model.py DIRECTORY --set text_config.num_hidden_layers=8 --dtype bfloat16
 """
 
 import argparse
@@ -21,14 +21,14 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import save_whole
+from files import new_directory, save_whole
 
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 TURN_TOKENS = ["<|BOT|>", "<|EOT|>"]
 PICTURE_TOKENS = ["<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>"]
 
-# One dense layer and two mixtures; pictures of 224 px take 16 tokens and patches of 112 px take 4.
+# One dense layer and two MoE layers; pictures of 224 px take 16 tokens and patches of 112 px take 4.
 TINY = {
     "vision_config": {
         "hidden_size": 32,
@@ -51,17 +51,16 @@ TINY = {
         "moe_layers_enum": "1,2",
         "max_position_embedding": 4096,
         "max_seq_len": 4096,
-        # Wide enough for answers to differ from prompt to prompt.
+        # Large enough for different prompts to give different answers.
         "initializer_range": 0.2,
     },
 }
-# In the released model a patch's side is 504 of the picture's 728 px, and a picture is at most six patches long.
+# As in the released model, whose images are at most 3024 px long and whose patches have 504 px.
 MAX_PATCHES_A_SIDE = 6
 
 
 def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 0) -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes, and of up to `vocab_size` frequent pieces of `texts`, with the special tokens of the
-    released one."""
+    """A byte-level tokenizer with at most `vocab_size` tokens learned from `texts`, and the released special tokens."""
     special_tokens = [BOS, EOS, PAD, *TURN_TOKENS, *PICTURE_TOKENS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -83,11 +82,11 @@ def make_tokenizer(texts: Iterable[str] = (), vocab_size: int = 0) -> PreTrained
 
 
 def override(settings: dict, assignment: str) -> None:
-    """Applies `a.b=VALUE`, with a JSON value or plain text, to nested `settings`."""
+    """Applies `a.b=VALUE` to nested `settings`. The value is JSON or plain text."""
     path, separator, text = assignment.partition("=")
     *parents, key = path.split(".")
     if not separator or not key:
-        raise ValueError(f"--set wants KEY=VALUE, such as text_config.num_hidden_layers=4, got {assignment!r}.")
+        raise ValueError(f"--set must be KEY=VALUE, such as text_config.num_hidden_layers=4, got {assignment!r}.")
     for parent in parents:
         settings = settings.setdefault(parent, {})
     try:
@@ -100,15 +99,9 @@ def make_random_model(
     directory: Path, overrides: list[str] = (), patch_size: int | None = None, dtype: str = "float32", seed: int = 0
 ) -> None:
     """
-    Saves a random model with its processor in `directory`, which must not exist yet.
-
-    Raises:
-        `FileExistsError`: if there is something at `directory`.
-        `ValueError`: if an override cannot be read.
-        `huggingface_hub.errors.StrictDataclassError`: if the sizes do not fit.
+    Saves a random model with its processor in `directory`. Raises a `ValueError` if an override is not `KEY=VALUE`, or
+    a `StrictDataclassError` if the config is not valid.
     """
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
     tokenizer = make_tokenizer()
     settings = json.loads(json.dumps(TINY))
     settings["image_token_id"] = tokenizer.convert_tokens_to_ids("<im_patch>")
@@ -147,16 +140,16 @@ def make_random_model(
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
-        epilog="A size is set by its name in config.json, e.g. --set text_config.hidden_size=256.",
+        epilog="The keys of --set are those of config.json, for example text_config.hidden_size=256.",
     )
-    parser.add_argument("directory", type=Path, help="where to put it; must not exist yet")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument(
         "--set",
         dest="overrides",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set a value of the config; may be given again",
+        help="set a value in the config; may be repeated",
     )
     parser.add_argument("--patch-size", type=int, help="side of a patch in pixels (default: half the picture's)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
@@ -164,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         make_random_model(**vars(arguments))
-    except (FileExistsError, ValueError, StrictDataclassError) as error:
+    except (ValueError, StrictDataclassError) as error:
         parser.error(str(error))
     print(arguments.directory)
 

@@ -1,10 +1,10 @@
-"""Trains step3-tiny, a Step3 small enough to carry, on scenes that it draws itself.
+"""Trains step3-tiny, a very small Step3, on drawn scenes.
 
 python scripts/tiny/train_tiny.py DIRECTORY
 python scripts/tiny/train_tiny.py DIRECTORY --quick
 
-Answers alone teach the model many times more slowly: beside them it is trained to name what each token of a picture
-shows (hints), and what goes with each of many words about it (cues).
+Besides answers, the model learns to name what each image token shows (hints) and to complete words about the scene
+(cues). With answers alone it would learn many times more slowly.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import save_whole
+from files import new_directory, save_whole
 
 
 # A picture of 240 px takes 9 tokens, one for each cell of a square scene, and a patch of 160 px takes 4.
@@ -58,19 +58,18 @@ TEXT = {
 }
 MAX_QUESTIONS = 6
 RECALL = "Recall this picture."
-# Scenes of the two sets never share a seed.
+# Seeds that training does not use.
 EVALUATION_SEEDS = 10**9
 
 
 def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProcessor]:
-    """The untrained model, and a processor whose tokenizer has a token for each word of the answers."""
+    """An untrained model, and a processor whose tokenizer has a token for each word of the answers."""
     image_processor = Step3VLImageProcessor(
         size={"height": 240, "width": 240},
         patch_size=160,
         max_image_size=960,
         vision_patch_size=20,
-        # Backgrounds are near zero.
-        image_mean=[0.8] * 3,
+        image_mean=[0.8] * 3,  # near the backgrounds
         image_std=[0.27] * 3,
     )
     scenes = [draw_scene(i) for i in range(1000)]
@@ -99,9 +98,9 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 class Scenes(Dataset):
     """
-    Scenes by seed. Each is a picture and its description, or cues to complete, or several shorter questions with their
-    answers; never two of these, as one could be read off the other. With `with_hints`, there is a word for each token
-    of the picture, too.
+    Scenes by seed. For each there is an image with either its description, cues to complete, or several shorter
+    questions with answers; together, one would give away the other. With `with_hints`, there is also a word for each
+    image token.
     """
 
     def __init__(self, first_seed: int, length: int, with_hints: bool):
@@ -129,13 +128,13 @@ class Scenes(Dataset):
         for question, answer in questions:
             messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
             messages.append({"role": "assistant", "content": answer})
-        messages[0]["content"].insert(0, {"type": "image"})
+        messages[0]["content"].insert(0, {"type": "image", "image": scene.image})
         hints = draw_hints(choose, scene) if self.with_hints else []
-        return {"messages": messages, "image": scene.image, "hints": hints, "cues": cues}
+        return {"messages": messages, "hints": hints, "cues": cues}
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
-    """Words about a scene and a token for what goes with each: with a kind its colour, with a place what is there, …"""
+    """Words about a scene, each with the token that completes it: a shape's kind with its colour, and so on."""
     kinds, colours = [shape.kind for shape in scene.shapes], [shape.colour for shape in scene.shapes]
     cues = []
     for shape in scene.shapes:
@@ -161,69 +160,64 @@ def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
 
 
 def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
-    """For each image token of a scene, any word about the shape in its cell, as a token."""
+    """For each image token of a scene, the token of a random word about the shape in its cell."""
     by_place = {shape.place: shape for shape in scene.shapes}
     rows = [[by_place.get(place) for place in row] for row in LAYOUTS[scene.layout][1]]
-    # A patch of an elongated picture shows one cell in 2 x 2 tokens; the global view of any has 3 x 3.
+    # The patches of elongated pictures show one cell each in 2 x 2 tokens. Global views have 3 x 3 tokens.
     cells = [shape for row in rows for shape in row for _ in range(4)] if scene.layout != "square" else []
     cells += [shape for row in rows * (3 // len(rows)) for shape in row for _ in range(3 // len(row))]
     hints = []
     for shape in cells:
         if shape is None:
             hints.append("Nothing")
-        else:  # kinds are the hardest to tell
-            words = [shape.size, shape.colour, shape.kind, shape.kind] + ["striped"] * shape.is_striped
+        else:
+            words = [shape.size, shape.colour, shape.kind, shape.kind]  # kinds are the hardest to tell apart
+            words += ["striped"] * shape.is_striped
             hints.append("Ġ" + choose.choice(words))
     return hints
 
 
 class Collator:
     """
-    Pads conversations to a batch. Labels are where the assistant speaks; those of hints and cues are after each image
-    token and each cue, where the model says what comes next.
+    Pads conversations to a batch. The labels are the assistant's words; for cues, only the tokens that complete them;
+    for hints, additionally the token after each image token.
     """
 
     def __init__(self, processor: Step3VLProcessor):
         self.processor = processor
-        tokenizer = processor.tokenizer
-        self.end = tokenizer.convert_tokens_to_ids("<|EOT|>")
-        self.start = tokenizer("<|BOT|>assistant\n", add_special_tokens=False)["input_ids"]
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        tokenizer = self.processor.tokenizer
-        texts = [self.processor.apply_chat_template(sample["messages"]) for sample in samples]
-        images = [[sample["image"]] for sample in samples]
-        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt", add_special_tokens=False)
-        labels = torch.full_like(batch["input_ids"], -100)
-        for sample, ids, row in zip(samples, batch["input_ids"].tolist(), labels, strict=True):
-            position = 0
-            while position < len(ids):
-                if ids[position : position + len(self.start)] == self.start:
-                    begin = position + len(self.start)
-                    position = ids.index(self.end, begin) + 1
-                    row[begin:position] = torch.tensor(ids[begin:position])
-                else:
-                    position += 1
-            if sample["cues"]:
-                row[begin:position] = -100
-                for cue, token in sample["cues"]:
-                    begin += len(cue.split())  # each word is a token, and so is the comma
-                    row[begin] = tokenizer.convert_tokens_to_ids(token)
-                    begin += 1
+        batch = self.processor.apply_chat_template(
+            [sample["messages"] for sample in samples],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True},
+        )
+        labels = batch["input_ids"].where(batch.pop("assistant_masks").bool(), -100)
+        token_ids = self.processor.tokenizer.convert_tokens_to_ids
         for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
+            if sample["cues"]:
+                position = int((row != -100).nonzero()[0])
+                row[:] = -100
+                for cue, token in sample["cues"]:
+                    position += len(cue.split())  # each word is a token, and so is the comma
+                    row[position] = token_ids(token)
+                    position += 1
             if sample["hints"]:
-                hints = torch.tensor(tokenizer.convert_tokens_to_ids(sample["hints"]))
-                row[(ids == self.processor.image_token_id).nonzero().flatten() + 1] = hints
+                image_tokens = (ids == self.processor.image_token_id).nonzero().flatten()
+                row[image_tokens + 1] = torch.tensor(token_ids(sample["hints"]))
         return {**batch, "labels": labels}
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """torch's Muon for the matrices inside the model and its AdamW for all else, stepped as one."""
+    """torch's Muon for the matrices inside the model and its AdamW for all other weights, as one optimizer."""
 
     def __init__(self, model: Step3VLForConditionalGeneration):
         matrices, pixels, others = [], [], []
         for name, parameter in model.named_parameters():
-            if "patch_embedding" in name:  # neighbouring pixels are alike: a step here moves a lot
+            if "patch_embedding" in name:  # neighbouring pixels are similar, so steps have a large effect
                 pixels.append(parameter)
             elif parameter.ndim == 2 and not any(part in name for part in ("embed", "lm_head", "gate.weight")):
                 matrices.append(parameter)
@@ -236,7 +230,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
 
     def step(self, closure=None):
-        # Learning rates and, after a resume, the state are set on this optimizer.
+        # Learning rates, and the state after resuming, are set on this optimizer.
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         for optimizer in (self.muon, self.adamw):
             optimizer.state = self.state
@@ -246,8 +240,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
 @torch.no_grad()
 def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: Step3VLImageProcessor) -> None:
     """
-    Folds the processor's mean and deviation into the patch embedding and puts CLIP's in their place, which is what the
-    serving engines normalise every Step3's pictures with. The model's answers stay what they were.
+    Replaces the processor's mean and standard deviation with CLIP's, which serving engines always use, and changes the
+    patch embedding so that the model's outputs stay the same.
     """
     embedding = model.model.vision_model.embeddings.patch_embedding
     old_mean, old_std, mean, std = (
@@ -262,20 +256,15 @@ def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: S
 
 def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
     """
-    Trains the model and saves it in `directory`, which must not exist yet; what `Trainer` saves on the way is beside
-    it.
-
-    Raises:
-        `FileExistsError`: if there is something at `directory`, or a training beside it and no `resume`.
-        `FileNotFoundError`: if there is nothing to resume.
+    Trains the model and saves it in `directory`, with the checkpoints of `Trainer` beside it. Raises a
+    `FileExistsError` if there is an unfinished training without `resume`, or a `FileNotFoundError` if there is nothing
+    to resume.
     """
     unfinished = directory.with_name(f"{directory.name}-training")
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists already; choose another place or remove it.")
     if unfinished.exists() and not resume:
-        raise FileExistsError(f"{unfinished} holds a training already; go on with --resume, or remove it.")
+        raise FileExistsError(f"{unfinished} has an unfinished training; resume it with --resume or remove it.")
     if resume and (not unfinished.exists() or get_last_checkpoint(unfinished) is None):
-        raise FileNotFoundError(f"There is no training to resume in {unfinished}.")
+        raise FileNotFoundError(f"{unfinished} has no training to resume.")
     model, processor = make_model(seed)
     if steps is None:
         steps = 300 if quick else 14000
@@ -316,11 +305,11 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="where the model goes; must not exist yet")
-    parser.add_argument("--quick", action="store_true", help="a worse model in under three minutes")
-    parser.add_argument("--steps", type=int, help="train for so many steps (default: 14000, or 300 with --quick)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
+    parser.add_argument("--quick", action="store_true", help="train a worse model in under three minutes")
+    parser.add_argument("--steps", type=int, help="number of steps (default: 14000, or 300 with --quick)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted training")
     arguments = parser.parse_args()
     try:
         train(**vars(arguments))
