@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
+from functools import cache
 from itertools import count, takewhile
 from typing import Any
 
@@ -93,9 +94,15 @@ class BlockFP8Linear(nn.Linear):
         return linear(states, dequantize(self.weight, self.weight_scale_inv, self.block_size, states.dtype))
 
 
+@cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that copies experts to a GPU, because the memory it uses is kept for it alone."""
+    return torch.cuda.Stream(device)
+
+
 def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
     """Copies lists of CPU tensors to a GPU through pinned memory, each list while the one before it is used."""
-    main, copying, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
+    main, copying, ahead = torch.cuda.current_stream(device), copying_stream(device), None
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
     events = [torch.cuda.Event(), torch.cuda.Event()]
     for number, tensors in enumerate(weights):

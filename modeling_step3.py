@@ -67,6 +67,10 @@ logger = logging.get_logger(__name__)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
 def obstacle_of(layer: nn.Module, has_bias: bool = False) -> str | None:
     """Why a linear layer must be called rather than its weight used directly, or `None` if it need not be."""
     if type(layer) is not nn.Linear or (layer.bias is not None) != has_bias:
@@ -132,7 +136,7 @@ def multiply_in_two(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 def apply_head(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """Logits of a language-model head for `states` (..., inputs)."""
-    if states.device.type == "cuda" and obstacle_of(layer) is None and layer.out_features % 64:
+    if is_on_gpu(states) and obstacle_of(layer) is None and layer.out_features % 64:
         return multiply_in_two(layer.weight, states)
     return apply_linear(layer, states)
 
@@ -379,7 +383,7 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
         _check_attention_shapes(query, key, value)
         batch_size, num_heads, num_queries, head_dim = query.shape
         num_key_value_heads = key.shape[1]
-        if num_queries == 1 and query.device.type == "cuda":
+        if num_queries == 1 and is_on_gpu(query):
             if attention_mask is not None and attention_mask.dtype == torch.bool:
                 attention_mask = to_additive(attention_mask, query.dtype)
             attn_output, _ = eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -449,6 +453,9 @@ class Step3TextAttention(Fusible):
         )
         if self.config._attn_implementation == "sdpa":
             attention_interface = share_key_value_heads(attention_interface)
+        elif self.config._attn_implementation == "flex_attention" and input_shape[1] > 1 and is_on_gpu(hidden_states):
+            # Below 128 tokens, torch would take a kernel that has no room for the tokens of so many query heads.
+            kwargs.setdefault("kernel_options", {"FORCE_USE_FLEX_ATTENTION": True})
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -536,7 +543,7 @@ def step3_experts_forward(
     experts, order = top_k_index.clamp(max=self.num_experts - 1).flatten().sort()
     gate_up = sum_products(self.gate_up_proj, hidden_states[order // top_k], experts).type_as(hidden_states)
     states = self._apply_gate(gate_up)
-    if states.device.type != "cpu":
+    if is_on_gpu(states):
         # The compiler computes what `as_strided` takes beforehand; it would compute activations again for each output.
         states = states.as_strided(states.shape, states.stride())
     output = sum_products(self.down_proj, states, experts)[order.argsort()]
@@ -732,7 +739,7 @@ class Step3TextModel(Step3VLPreTrainedModel):
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
-        is_additive = self.config._attn_implementation == "eager" or mask.device.type == "cuda"
+        is_additive = self.config._attn_implementation == "eager" or is_on_gpu(mask)
         return to_additive(mask, dtype) if is_additive else mask
 
     @merge_with_config_defaults

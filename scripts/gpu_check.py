@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
@@ -87,42 +88,25 @@ def check_goldens(quiz: Quiz) -> Rows:
             yield f"{name}, {attention}", f"off by up to {max(errors):.1e}", max(errors) < 1e-4
 
 
-def check_dtype(quiz: Quiz, name: str) -> Rows:
-    yield name, *quiz.ask(quiz.load(DTYPES[name]))
-
-
-def check_attention(quiz: Quiz, name: str) -> Rows:
-    # Flex attention does not take heads of any width, and flash attention is for short types.
-    vision = "sdpa" if name == "flex_attention" else name
-    implementation = {"": name, "text_config": name, "vision_config": vision}
-    yield name, *quiz.ask(quiz.load(attn_implementation=implementation))
-
-
-def check_experts(quiz: Quiz, name: str) -> Rows:
-    yield name, *quiz.ask(quiz.load(experts_implementation=name))
-
-
-def check_cache(quiz: Quiz, name: str) -> Rows:
-    model = quiz.load()
-    if name == "bounded":
-        asking = {"cache": Step3BoundedCache(model.config, 4096), "batch_size": 10**6}
-    else:
-        asking = {"cache_implementation": name}
-    yield name, *quiz.ask(model, **asking)
-
-
-def check_place(quiz: Quiz, name: str) -> Rows:
+def places_of(name: str, device: int | str) -> dict[str, int | str]:
+    """The `device_map` of one of `PLACES`."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(transformers.AutoConfig.from_pretrained(TINY))
-    parts = {"model.": model.model, "model.language_model.": model.model.language_model}
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY)).model
+    parts = {"model.": model, "model.language_model.": model.language_model}
+    parts["model.language_model.layers."] = model.language_model.layers
     names = ["lm_head", *(prefix + child for prefix, part in parts.items() for child, _ in part.named_children())]
-    names += [f"model.language_model.layers.{number}" for number in range(len(model.model.language_model.layers))]
-    names = [each for each in names if each not in ("model.language_model", "model.language_model.layers")]
-    device_map = {
-        each: next((place for part, place in PLACES[name].items() if part in each), quiz.device) for each in names
-    }
+    names = [each for each in names if f"{each}." not in parts]
+    return {each: next((place for part, place in PLACES[name].items() if part in each), device) for each in names}
+
+
+def check_answers(quiz: Quiz, case: str, make_loading: Callable[[], dict], cache: str | None = None) -> Rows:
+    """Answers of a model that is loaded with some arguments, or that generates with a cache."""
     with tempfile.TemporaryDirectory() as folder:
-        yield name, *quiz.ask(quiz.load(device_map=device_map, offload_folder=folder))
+        model = quiz.load(**make_loading(), offload_folder=folder)
+        asking = {"cache_implementation": cache} if cache else {}
+        if cache == "bounded":
+            asking = {"cache": Step3BoundedCache(model.config, 4096), "batch_size": 10**6}
+        yield case, *quiz.ask(model, **asking)
 
 
 def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Rows:
@@ -133,13 +117,12 @@ def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Row
         command += ["--device", options.device, "--scenes", options.scenes]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
         if not path.exists():
-            yield case, f"failed: exit status {result.returncode}: {result.stderr.strip()[-200:]}", False
-            return
+            raise RuntimeError(f"exit status {result.returncode}: {result.stderr.strip()[-150:]}")
         for row in json.loads(path.read_text())["rows"]:
             yield row["case"], row["result"], row["is_right"]
 
 
-def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, **settings) -> Rows:
+def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, prefix: str = "", **settings) -> Rows:
     """A benchmark at the released dimensions, with random weights."""
     defaults = {
         "experts": None,
@@ -152,6 +135,7 @@ def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, 
         "batch": [1],
         "compile": False,
         "directory": options.directory,
+        "steps": benchmark.STEPS,
         "repeats": options.repeats,
         "layers": options.layers,
     }
@@ -159,15 +143,18 @@ def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, 
     with torch.no_grad():
         rows = benchmark.BENCHMARKS[name](machine, settings, options.size, DTYPES[options.dtype])
     for row in rows:
-        case = ", ".join(f"{row[key]} {unit}" for key, unit in (("batch", "rows"), ("context", "tokens")) if key in row)
-        result = f"{row['seconds'] * 1e3:.1f} ms, {row['of_limit']:.2f} of the limit"
-        yield ", ".join(filter(None, (case, row["what"].removeprefix("package").strip(", ")))), result, None
+        case = [
+            prefix,
+            *(f"{row[key]} {unit}" for key, unit in (("batch", "rows"), ("context", "tokens")) if key in row),
+        ]
+        case.append(row["what"].removeprefix("package").strip(", "))
+        yield ", ".join(filter(None, case)), f"{row['seconds'] * 1e3:.1f} ms, {row['of_limit']:.2f} of the limit", None
 
 
 def measure_limits(machine: benchmark.Machine, options: argparse.Namespace) -> Rows:
-    for _ in range(3):
-        reading, products = machine.seconds_per_byte(), machine.seconds_per_flop(DTYPES[options.dtype])
-    yield "reading", f"{1e-9 / reading:,.0f} GB/s", None
+    for each in (machine, benchmark.Machine(torch.device("cpu"))):
+        yield f"reading, {each.device}", f"{1e-9 / each.best_reading():,.0f} GB/s", None
+    products = min(machine.seconds_per_flop(DTYPES[options.dtype]) for _ in range(3))
     yield f"products in {options.dtype}", f"{1e-12 / products:,.1f} TFLOP/s", None
 
 
@@ -178,23 +165,33 @@ def checks(quiz: Quiz, machine: benchmark.Machine, options: argparse.Namespace) 
     attention += ["flash_attention_3"] * is_flash_attn_3_available()
     caches = ["dynamic", "bounded", "static", "offloaded", "offloaded_static"]
     caches += ["quantized"] * is_optimum_quanto_available()
-    cases = {"dtype": DTYPES, "attention": attention, "experts": EXPERTS, "cache": caches, "place": PLACES}
     yield "goldens", "", partial(check_goldens, quiz)
-    for name, function in zip(
-        cases, (check_dtype, check_attention, check_experts, check_cache, check_place), strict=True
-    ):
-        for case in cases[name]:
-            is_fatal = case == "offloaded_static" and options.case is None
-            call = partial(in_its_own_process, options, name, case) if is_fatal else partial(function, quiz, case)
-            yield name, case, call
+    loads = [("dtype", name, partial(dict, dtype=dtype)) for name, dtype in DTYPES.items()]
+    for name in attention:  # flex attention does not take the encoder's heads everywhere
+        vision = "sdpa" if name == "flex_attention" else name
+        implementation = {"": name, "text_config": name, "vision_config": vision}
+        loads.append(("attention", name, partial(dict, attn_implementation=implementation)))
+    loads += [("experts", name, partial(dict, experts_implementation=name)) for name in EXPERTS]
+    loads += [("place", name, lambda name=name: {"device_map": places_of(name, quiz.device)}) for name in PLACES]
+    for name, case, make_loading in loads:
+        yield name, case, partial(check_answers, quiz, case, make_loading)
+    for case in caches:
+        check = partial(check_answers, quiz, case, dict, cache=case)
+        if case == "offloaded_static" and options.case is None:
+            check = partial(in_its_own_process, options, "cache", case)
+        yield "cache", case, check
     run = partial(measure, machine, options)
     yield "limits", "", partial(measure_limits, machine, options)
     yield "decode", "", partial(run, "decode", batch=options.batch, context=[512, 8192], compile=True)
     yield "prefill", "", partial(run, "prefill", context=options.context)
     yield "vision", "", partial(run, "vision")
     yield "train", "", partial(run, "train", context=options.context[-1:], layers=1)
-    yield "offload", "decode", partial(run, "decode", batch=options.batch[:2], offload=["mapped"], layers=1)
-    yield "offload", "prefill", partial(run, "prefill", offload=["mapped", "accelerate"], repeats=1, layers=1)
+    run = partial(run, layers=1)
+    yield "offload", "decode", partial(run, "decode", "decode", batch=options.batch[:2], offload=["mapped"])
+    # For each token, accelerate copies all experts.
+    few = {"offload": ["accelerate"], "steps": 3, "repeats": 1}
+    yield "offload", "decode by accelerate", partial(run, "decode", "decode", **few)
+    yield "offload", "prefill", partial(run, "prefill", "prefill", offload=["mapped", "accelerate"], repeats=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -238,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 found += call()
         except Exception as error:  # a check's failure is one of its results
+            traceback.print_exc()
             message = f"failed: {type(error).__name__}: {error}".replace("\n", " ").replace("|", "/")
             found.append((case, message[:200], False if name in names[:6] else None))
         torch._dynamo.reset()

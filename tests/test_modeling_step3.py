@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from step3_vl import (
     Step3VLConfig,
     Step3VLForConditionalGeneration,
     Step3VLModel,
+    modeling_step3,
 )
 from step3_vl.modeling_step3 import eager_attention_forward, share_key_value_heads, sum_products
 
@@ -275,6 +277,53 @@ def test_a_compiled_token_passes_a_layer_that_was_replaced_or_has_hooks():
         compiled = torch.compile(model, backend="eager")(ids).logits
     assert not torch.allclose(expected, plain, atol=1e-2)
     assert_close(compiled, expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_gpu_computes_the_same_in_another_way(attention, monkeypatch):
+    """The head in two parts, attention of a single token and its experts, as on a GPU but run on a CPU."""
+    model = small_model(attn_implementation=attention)
+    batch = small_batch(model)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    ids = batch["input_ids"][:, -9:].clamp(min=10)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    allowed = mask.bool()[:, None, None]
+
+    def outcome() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        outputs = [parameter.grad for parameter in model.parameters()]
+        with torch.no_grad():
+            past = cache_of(model(ids[:, :-1], attention_mask=mask[:, :-1]))
+            for attended in (mask, allowed, torch.where(allowed, 0.0, -1e9), None):
+                step = {"attention_mask": attended, "cache": copy.deepcopy(past)}
+                outputs.append(model(ids[:, -1:], **step).logits)
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            single = cache_of(model(ids[:1, :-1]))
+            outputs.append(compiled(ids[:1, -1:], attention_mask=mask[1:2], cache=single).logits)
+        return outputs
+
+    expected = outcome()
+    torch._dynamo.reset()
+    monkeypatch.setattr(modeling_step3, "is_on_gpu", lambda tensor: True)
+    found = outcome()
+    assert_close(found, expected)
+    assert found[-1].stride(-2) == 128  # numbers in memory for 97 logits, so that each row of them is aligned
+
+
+def test_layers_with_hooks_are_called(model, batch, monkeypatch):
+    """Where their weights would otherwise be used directly, on a CPU or a GPU."""
+    monkeypatch.setattr(modeling_step3, "is_on_gpu", lambda tensor: True)
+    first, second = model.model.vision_model.transformer.layers
+    hooked = [model.lm_head, first.mlp.fc1, second.mlp.fc2]
+    with torch.no_grad():
+        expected = model(**batch).logits
+        called = set()
+        for layer in hooked:
+            layer.register_forward_hook(lambda module, args, output: called.add(module))
+        assert_close(model(**batch).logits, expected)
+    assert called == set(hooked)
 
 
 def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):

@@ -69,7 +69,7 @@ def answer_scenes(
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
-            ).to(device or model.device)
+            ).to(model.device if device is None else device)
             output = model.generate(**inputs, do_sample=False, **options)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers += [Answer(*question, text) for question, text in zip(batch, texts, strict=True)]
