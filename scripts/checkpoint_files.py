@@ -41,7 +41,7 @@ Step3TextConfig, Step3VLConfig = configuration.Step3TextConfig, configuration.St
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CODE_FILES = tuple(
-    f"{name}_step3.py" for name in ("configuration", "checkpoint", "generation", "modeling", "processing")
+    f"{name}_step3.py" for name in ("configuration", "checkpoint", "experts", "generation", "modeling", "processing")
 )
 CONFIG_CLASSES = {config_class.model_type: config_class for config_class in (Step3VLConfig, Step3TextConfig)}
 # The block-fp8 of the release; docs/converting.md says what this rests on.
