@@ -14,15 +14,17 @@ import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_step3 import Step3TextConfig, Step3VLConfig, cache_name
+from .configuration_step3 import Step3TextConfig, Step3VLConfig
 
 
 logger = logging.get_logger(__name__)
 
-CACHE_NAME = cache_name()
+# The name of the cache in `generate`, masks and outputs: `cache` since transformers 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -40,13 +40,7 @@ from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_step3 import LinearExperts, Step3Checkpoint
-from .configuration_step3 import (
-    Step3TextConfig,
-    Step3VisionEncoderConfig,
-    Step3VLConfig,
-    gathers_uneven_outputs,
-    set_on_package,
-)
+from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, set_on_package
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, max_length_of, one_cache
 
 
@@ -1191,9 +1185,9 @@ class Step3LanguageModelHead:
 
     def post_init(self):
         super().post_init()
-        # Few numbers of ranks divide the released vocabulary of 128815. Only an untied head can be replicated; a tied
-        # one is split with the embedding.
-        if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
+        # transformers before 5.21 gathers logits only if the ranks divide the vocabulary, of 128815 in the release. An
+        # untied head is then replicated; a tied one is split with the embedding.
+        if "validate_param" in vars(ColwiseParallel) and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
     def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

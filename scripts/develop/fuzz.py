@@ -38,7 +38,7 @@ from make_random_model import TINY, make_tokenizer
 # What the API says it raises: for a wrong value or type, by a config, and for a file that cannot be read, where PIL's
 # errors are OSErrors but for the bomb.
 DOCUMENTED = {
-    "config": (StrictDataclassError, ValueError),
+    "config": (StrictDataclassError, ValueError, TypeError, KeyError),
     "processor": (StrictDataclassError, ValueError, TypeError, OSError, OverflowError, Image.DecompressionBombError),
     "metadata": (ValueError, OSError),
     "model": (ValueError, TypeError),
