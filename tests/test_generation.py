@@ -263,7 +263,7 @@ def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, 
     fails("`mm_encoder_outputs` must hold `image`, got .'last_hidden_state'", **text, mm_encoder_outputs=encoded)
     with pytest.raises(ValueError, match="Pictures need `input_ids` or `inputs_embeds`"):
         model.generate(**pictures)
-    with pytest.raises(ValueError, match="`assistant_model` must see pictures, too"):
+    with pytest.raises(ValueError, match="choose an `assistant_model` that takes pictures"):
         assistant = Step3TextForCausalLM._from_config(model.config.text_config)
         model.generate(**row_alone(batch, 1), assistant_model=assistant)
 
