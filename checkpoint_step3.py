@@ -5,10 +5,10 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
+
+from .experts_step3 import LinearExperts, MappedExperts, divide_blocks
 
 
 # Trainer and `transformers serve` look up class names in these mappings, which Auto class registration does not fill.
@@ -125,6 +127,9 @@ register_checkpoint_conversion_mapping(
 STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
+EXPERTS_ON_DISK = re.compile(r"(.*\.moe\.)(?:experts\.)?((?:\d+\.)?(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
+
+
 def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Splits stacked expert weights and scales into views, one per expert, under the experts' own names."""
     single = {}
@@ -140,15 +145,45 @@ def converts_experts(transform) -> bool:
     return isinstance(transform, WeightConverter) and transform.target_patterns[0].startswith("moe.experts.")
 
 
-def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
-    """
-    Repeats the scales for smaller blocks of equal size, which transformers requires: the last blocks of `weight` (...,
-    rows, columns) may have fewer rows and columns than `block_size`.
-    """
-    for dim, size in ((-2, block_size[0]), (-1, block_size[1])):
-        smaller = math.gcd(size, weight.shape[dim])
-        scale = scale.repeat_interleave(size // smaller, dim).narrow(dim, 0, weight.shape[dim] // smaller)
-    return scale
+def experts_form(model: nn.Module) -> str | None:
+    """The implementation that the model's experts were built for, if they are not stacked parameters."""
+    forms = {LinearExperts: "linear", MappedExperts: "mapped"}
+    return next((forms[type(module)] for module in model.modules() if type(module) in forms), None)
+
+
+def transforms_of(model: PreTrainedModel) -> list[WeightConverter | WeightRenaming]:
+    """The registered conversions from names on disk that apply to the form of the model's experts."""
+    transforms, form = get_model_conversion_mapping(model, add_legacy=False), experts_form(model)
+    if form is not None:
+        transforms = [entry for entry in transforms if not entry.target_patterns[0].startswith("moe.experts.")]
+    if form == "mapped":
+        names = MappedExperts.names + MappedExperts.scale_names
+        transforms += [WeightRenaming(rf"moe\.{name}", f"moe.experts.{name}") for name in names]
+    return transforms
+
+
+def take_experts(
+    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], load_config
+) -> tuple[dict[str, torch.Tensor], list[tuple[MappedExperts, dict[str, torch.Tensor], str]]]:
+    """Separates the weights of mapped experts from all others. Returns the others, and for each layer's experts the
+    arguments of their `map_weights`. Raises a `ValueError` if a layer has no weights."""
+    renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
+    own_names, layers, others, modules = model.state_dict(), defaultdict(dict), {}, {}
+    for name, weight in state_dict.items():
+        if match := EXPERTS_ON_DISK.fullmatch(name):
+            layers[match[1]][match[1] + match[2]] = weight
+            continue
+        others[name] = weight
+        if name.endswith(".moe.gate.weight"):
+            own_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own_names)
+            if own_name in own_names:
+                experts = own_name.removesuffix("gate.weight") + "experts"
+                modules[name.removesuffix("gate.weight")] = model.get_submodule(experts)
+    for prefix in layers.keys() - modules.keys():  # of layers that the model does not have
+        others |= layers.pop(prefix)
+    if without := modules.keys() - layers.keys():
+        raise ValueError(f"The checkpoint has no weights for the experts of {', '.join(sorted(without))}.")
+    return others, [(modules[prefix], weights, prefix) for prefix, weights in layers.items()]
 
 
 def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
@@ -178,31 +213,6 @@ def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_con
         )
 
 
-class LinearExperts(nn.ModuleList):
-    """
-    Routed experts as gated MLPs of `nn.Linear` layers: the experts implementation `"linear"`. It is for quantisers and
-    adapters that support only `nn.Linear`. Each layer waits for the device to learn which experts have tokens.
-    """
-
-    def __init__(self, config, expert: Callable[[Any, int], nn.Module]):
-        super().__init__(expert(config, config.moe_intermediate_size) for _ in range(config.moe_num_experts))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
-        output = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
-            token, slot = torch.where(top_k_index == number)
-            states = self[number](hidden_states[token]) * top_k_weights[token, slot, None]
-            output.index_add_(0, token, states.to(output.dtype))
-        return output
-
-
-def has_linear_experts(model: nn.Module) -> bool:
-    return any(isinstance(module, LinearExperts) for module in model.modules())
-
-
 def refuse_other_adapters(model: nn.Module, keys) -> None:
     """
     Checks the `unexpected_keys` of an adapter that was loaded into the model.
@@ -211,7 +221,7 @@ def refuse_other_adapters(model: nn.Module, keys) -> None:
         `ValueError`: if they belong to adapters for experts that are built differently from the model's.
     """
     if getattr(model, "peft_config", None) and any(".moe." in name for name in keys.unexpected_keys):
-        implementation = "eager" if has_linear_experts(model) else "linear"
+        implementation = "eager" if experts_form(model) == "linear" else "linear"
         raise ValueError(
             "The adapter was made for experts that are built in another way: load the model by "
             f"`from_pretrained(..., experts_implementation={implementation!r})` first."
@@ -243,19 +253,19 @@ class Step3Checkpoint:
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """
-        As for any model. `"linear"` can only be chosen when the model is loaded.
+        As for any model. `"linear"` and `"mapped"` can only be chosen when the model is loaded.
 
         Raises:
-            `ValueError`: if an existing model would have to change to or from `"linear"`.
+            `ValueError`: if an existing model would have to change to or from one of these.
         """
-        is_linear = requested_experts == "linear"
+        form = requested_experts if requested_experts in ("linear", "mapped") else None
         is_built = any(hasattr(module, "experts") for module in self.modules())
-        if is_built and is_linear != has_linear_experts(self):
+        if is_built and form != experts_form(self):
             raise ValueError(
-                "Experts are made linear layers, or stacked, when a model is loaded: "
+                "Experts are stacked, made linear layers or mapped when a model is loaded: "
                 f"`from_pretrained(..., experts_implementation={requested_experts!r})`."
             )
-        return requested_experts if is_linear else super().get_correct_experts_implementation(requested_experts)
+        return super().get_correct_experts_implementation(requested_experts) if form is None else form
 
     def post_init(self):
         super().post_init()
@@ -277,15 +287,21 @@ class Step3Checkpoint:
                 f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
                 "`quantization_config` in config.json must say how they are quantised."
             )
+        if mapped := [module for module in model.modules() if isinstance(module, MappedExperts)]:
+            model._weight_conversions = transforms_of(model)
+            if mapped[0].is_fp8:  # removed from the config when the other weights were dequantised
+                model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": mapped[0].block_size}
         return (model, info) if output_loading_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
-        Loads the weights for `from_pretrained`. The registered conversions are enough except in two cases:
+        Loads the weights for `from_pretrained`. The registered conversions are enough except in three cases:
 
         Linear experts need stacked weights split. Conversions are registered by class, which is the same for both kinds
         of experts, and transformers would read a stacked weight whole before quantising one expert.
+
+        Mapped experts are no parameters, and keep the type that they have on disk.
 
         Block fp8 needs its scales and, to be dequantised, blocks of one size; transformers checks neither. Dequantising
         also splits stacked experts, which takes less memory.
@@ -294,25 +310,29 @@ class Step3Checkpoint:
             `ValueError`: if fp8 weights have no scales, if their blocks do not divide stacked experts, or if linear
             experts would be split over ranks.
         """
-        quantizer, is_linear = load_config.hf_quantizer, has_linear_experts(model)
+        quantizer, text_config = load_config.hf_quantizer, model.config.get_text_config()
+        form = getattr(text_config, "_experts_implementation", None)
+        is_linear, is_mapped = form == "linear", form == "mapped"
         settings = getattr(quantizer, "quantization_config", None)
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
-        if is_linear and load_config.device_mesh is not None:
-            raise ValueError('`experts_implementation="linear"` cannot be split over ranks; use `device_map`.')
+        if (is_linear or is_mapped) and load_config.device_mesh is not None:
+            raise ValueError(f"`experts_implementation={form!r}` cannot be split over ranks; use `device_map`.")
         for module in model.modules():
             # On a CPU, bitsandbytes would pack 4-bit weights in the first forward without gradients. Packed weights
             # give wrong gradients, and are merged and saved incorrectly.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
-        if is_linear or is_fp8:
+        if is_linear or is_mapped or is_fp8:
             if state_dict is None:
                 state_dict = {}
                 for path in checkpoint_files:  # memory-mapped, so each weight is read when needed
                     state_dict |= load_state_dict(path, weights_only=load_config.weights_only)
-            if is_linear or settings.dequantize:
+            if is_mapped:
+                state_dict, taken = take_experts(model, state_dict, load_config)
+            elif is_linear or settings.dequantize:
                 state_dict = unstack_experts(state_dict)
         if is_linear:
-            mapping = [transform for transform in load_config.weight_mapping if not converts_experts(transform)]
+            mapping = [entry for entry in load_config.weight_mapping if not converts_experts(entry)]
             load_config = replace(load_config, weight_mapping=mapping)
         if is_fp8:
             for name, weight in list(state_dict.items()):
@@ -327,7 +347,11 @@ class Step3Checkpoint:
                 take_back_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if settings.dequantize if is_fp8 else is_linear and quantizer is None:
+        if is_mapped:
+            for experts, weights, prefix in taken:
+                experts.block_size = tuple(settings.weight_block_size) if is_fp8 else experts.block_size
+                experts.map_weights(weights, prefix)
+        elif settings.dequantize if is_fp8 else is_linear and quantizer is None:
             del model._weight_conversions  # so that it is saved stacked and not in fp8
         return loaded
 
@@ -362,10 +386,9 @@ class Step3Checkpoint:
         """As for any module. Also accepts the names on disk, which `Trainer` uses to resume."""
         if assign:  # replaces fused weights
             self.unfuse()
-        transforms = get_model_conversion_mapping(self, add_legacy=False)
-        if has_linear_experts(self):
+        transforms = transforms_of(self)
+        if experts_form(self) == "linear":
             state_dict = unstack_experts(state_dict)
-            transforms = [transform for transform in transforms if not converts_experts(transform)]
         own_names = self.state_dict().keys()
         if state_dict.keys() <= own_names:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)

@@ -39,8 +39,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .checkpoint_step3 import LinearExperts, Step3Checkpoint
+from .checkpoint_step3 import Step3Checkpoint
 from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, set_on_package
+from .experts_step3 import LinearExperts, MappedExperts
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, max_length_of, one_cache
 
 
@@ -126,12 +127,8 @@ class FusedWeight:
 
     def is_current(self, layers: list[nn.Module]) -> bool:
         """Whether the layers still have the fused weights and need not be called."""
-        if any(obstacle_of(x) or x.weight is not part for x, part in zip(layers, self.parts, strict=True)):
-            return False
-        return torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr()
-
-    def __deepcopy__(self, memo) -> None:
-        return None
+        are_own = all(not obstacle_of(x) and x.weight is part for x, part in zip(layers, self.parts, strict=True))
+        return are_own and (torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr())
 
     def __reduce__(self):
         return type(None), ()
@@ -150,24 +147,18 @@ class Fusible(nn.Module):
             return tuple(apply_linear(layer, states) for layer in layers)
         return multiply(self.fused.weight, states).split(self.fused.sizes, dim=-1)
 
+    def obstacle(self) -> str | None:
+        """Why the layers cannot be fused, or `None` if they can."""
+        layers = ((name, getattr(self, name)) for name in self.fusible)
+        return next((f"`{name}` {why}" for name, layer in layers if (why := obstacle_of(layer))), None)
+
     def fuse_layers(self) -> None:
         self.fused = FusedWeight([getattr(self, name) for name in self.fusible])
 
-    @torch.no_grad()
     def unfuse_layers(self) -> None:
         for part in self.fused.parts:
             part.data = part.data.clone()
         self.fused = None
-
-    def obstacle(self) -> str | None:
-        """Why the layers cannot be fused, or `None` if they can."""
-        layers = {name: getattr(self, name) for name in self.fusible}
-        for name, layer in layers.items():
-            if (obstacle := obstacle_of(layer)) is not None:
-                return f"`{name}` {obstacle}"
-        if len({(layer.weight.dtype, layer.weight.device) for layer in layers.values()}) > 1:
-            return "the weights have several types or devices"
-        return None
 
     def _apply(self, fn, recurse=True):  # called by `to`, `half` and others
         super()._apply(fn, recurse)
@@ -178,25 +169,15 @@ class Fusible(nn.Module):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """
-    A faster way to compute modules of a loaded model, which `register_rewrite` adds to [`~Rewritable.fuse`].
-
-    Args:
-        name (`str`): Name to pass to `fuse`.
-        match (`Callable[[nn.Module], bool]`): Whether the rewrite is for a module.
-        obstacle (`Callable[[nn.Module], str | None]`): Why a matching module cannot be rewritten, or `None`.
-        apply, undo (`Callable[[nn.Module], None]`): Rewrite the module in place, or undo that.
-        is_applied (`Callable[[nn.Module], bool]`): Whether the module is rewritten.
-        benefit (`float`, defaults to 1.0): Rewrites with a higher benefit are applied first.
-    """
+    """A faster way to compute modules of a loaded model. `register_rewrite` adds it to [`~Rewritable.fuse`]."""
 
     name: str
-    match: Callable[[nn.Module], bool]
-    obstacle: Callable[[nn.Module], str | None]
-    apply: Callable[[nn.Module], None]
+    match: Callable[[nn.Module], bool]  # whether it is for a module
+    obstacle: Callable[[nn.Module], str | None]  # why a matching module cannot be rewritten, or `None`
+    apply: Callable[[nn.Module], None]  # rewrites a module in place
     undo: Callable[[nn.Module], None]
     is_applied: Callable[[nn.Module], bool]
-    benefit: float = 1.0
+    benefit: float = 1.0  # the highest is applied first
 
 
 REWRITES: dict[str, Rewrite] = {}
@@ -210,24 +191,16 @@ class Rewritable:
     """Mixin of the models: rewrites the modules of a loaded model."""
 
     def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
-        """Each rewrite, a matching module's name and the module, for every match, highest benefit first."""
+        """Each rewrite with the names of the modules that it matches, and these, highest benefit first."""
         rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
         return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
 
     def fuse(self, *names: str) -> None:
         """
-        Rewrites the loaded model in place until nothing is left to rewrite. `"step3_qkv"` computes the projections to
-        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both only
-        without gradients. Outputs are equal up to rounding; parameters and saved checkpoints stay the same.
-
-        Raises:
-            `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
-            or has hooks. The model is then left unchanged.
+        Rewrites the loaded model in place, by the named rewrites or all, until nothing is left to rewrite. Outputs are
+        equal up to rounding; parameters and saved checkpoints stay the same. Raises a `ValueError`, with the model
+        unchanged, if a module is quantised, offloaded, split over ranks or has hooks.
         """
-        if not names or set(names) - REWRITES.keys():
-            raise ValueError(f"`fuse` takes some of {', '.join(REWRITES)}, got {names}.")
-        if unused := set(names) - {rewrite.name for rewrite, _, _ in self.find_rewrites(names)}:
-            raise ValueError(f"Nothing in this {type(self).__name__} is rewritten by {', '.join(sorted(unused))}.")
         done = []
         while rest := [(r, name, x) for r, name, x in self.find_rewrites(names) if not r.is_applied(x)]:
             for rewrite, name, module in rest:
@@ -237,7 +210,6 @@ class Rewritable:
                     raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
                 rewrite.apply(module)
                 done.append((rewrite, module))
-                logger.info(f"{rewrite.name}: {name} is rewritten.")
 
     def unfuse(self) -> None:
         """Undoes every rewrite, lowest benefit first."""
@@ -246,8 +218,7 @@ class Rewritable:
                 rewrite.undo(module)
 
     def fusion_report(self) -> list[dict[str, str | bool]]:
-        """One row for each module that a rewrite matches: the `fusion`, the name and `class` of the `module`, and
-        whether it is `rewritten`."""
+        """One row for each module that a rewrite matches."""
         return [
             {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
             for r, name, x in self.find_rewrites()
@@ -539,10 +510,15 @@ class Step3TextMoE(nn.Module):
         super().__init__()
         self.config = config
         self.gate = Step3TextTopKRouter(config)
-        is_linear = config._experts_implementation == "linear"
-        self.experts = LinearExperts(config, Step3TextMLP) if is_linear else Step3TextExperts(config)
+        if config._experts_implementation == "linear":
+            self.experts = LinearExperts(config, Step3TextMLP)
+        elif config._experts_implementation == "mapped":
+            self.experts = MappedExperts(config)
+        else:
+            self.experts = Step3TextExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, compute_shared: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Adds the routed experts' output for `hidden_states` (..., hidden_size) and that of the shared expert."""
         config, implementation, dtype = self.config, self.config._experts_implementation, hidden_states.dtype
         if implementation in ("step3", "grouped_mm") and not _experts_fit_grouped_mm(config, dtype):
             raise ValueError(
@@ -552,7 +528,12 @@ class Step3TextMoE(nn.Module):
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
-        return self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        if isinstance(self.experts, MappedExperts):
+            compute_routed = self.experts.begin(tokens, top_k_index, top_k_weights)
+            shared = compute_shared()  # by the GPU, while the CPU computes the routed experts
+            return compute_routed().view(hidden_states.shape) + shared
+        routed = self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
+        return routed + compute_shared()
 
 
 class Step3TextDecoderLayer(GradientCheckpointingLayer):
@@ -592,7 +573,7 @@ class Step3TextDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         hidden_states = self.post_attention_layernorm(hidden_states)
         if self.is_moe:
-            hidden_states = self.moe(hidden_states) + self.share_expert(hidden_states)
+            hidden_states = self.moe(hidden_states, partial(self.share_expert, hidden_states))
         else:
             hidden_states = self.mlp(hidden_states)
         return residual + hidden_states

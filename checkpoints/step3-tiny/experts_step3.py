@@ -1,0 +1,1 @@
+../../experts_step3.py

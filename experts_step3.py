@@ -1,0 +1,252 @@
+"""Routed experts in other forms than stacked parameters: as linear layers, or mapped from the checkpoint's files."""
+
+# Copyright 2026 The Step3-VL for Hugging Face authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+
+class LinearExperts(nn.ModuleList):
+    """
+    Routed experts as gated MLPs of `nn.Linear` layers: the experts implementation `"linear"`. It is for quantisers and
+    adapters that support only `nn.Linear`. Each layer waits for the device to learn which experts have tokens.
+    """
+
+    def __init__(self, config, expert: Callable[[Any, int], nn.Module]):
+        super().__init__(expert(config, config.moe_intermediate_size) for _ in range(config.moe_num_experts))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
+        output = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            token, slot = torch.where(top_k_index == number)
+            states = self[number](hidden_states[token]) * top_k_weights[token, slot, None]
+            output.index_add_(0, token, states.to(output.dtype))
+        return output
+
+
+def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Repeats the scales for smaller blocks of equal size, which transformers requires: the last blocks of `weight` (...,
+    rows, columns) may have fewer rows and columns than `block_size`.
+    """
+    for dim, size in ((-2, block_size[0]), (-1, block_size[1])):
+        smaller = math.gcd(size, weight.shape[dim])
+        scale = scale.repeat_interleave(size // smaller, dim).narrow(dim, 0, weight.shape[dim] // smaller)
+    return scale
+
+
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor | None, block_size: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """A `weight` (rows, columns) in `dtype`, multiplied by the `scale`, if any, of its blocks of `block_size`."""
+    if scale is None:
+        return weight.to(dtype)
+    scale = divide_blocks(weight, scale, block_size)
+    weight = weight.to(torch.promote_types(dtype, torch.float32))
+    blocks = weight.unflatten(1, (scale.shape[1], -1)).unflatten(0, (scale.shape[0], -1))
+    return blocks.mul_(scale[:, None, :, None]).view_as(weight).to(dtype)
+
+
+def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
+    """Copies lists of CPU tensors to a GPU through pinned memory, each list while the one before it is used."""
+    main, copying, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
+    buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+    events = [torch.cuda.Event(), torch.cuda.Event()]
+    for number, tensors in enumerate(weights):
+        buffer, copied = buffers[number % 2], events[number % 2]
+        copied.synchronize()  # what the buffer held before has arrived
+        sizes = [tensor.nbytes for tensor in tensors]
+        if buffer.numel() != sum(sizes):
+            buffer = buffers[number % 2] = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        for tensor, room in zip(tensors, buffer.split(sizes), strict=True):
+            room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        with torch.cuda.stream(copying):
+            copy = buffer.to(device, non_blocking=True)
+            copied.record()
+        copy.record_stream(main)
+        if ahead is not None:
+            yield ahead
+        main.wait_event(copied)
+        rooms = zip(tensors, copy.split(sizes), strict=True)
+        ahead = [room.view(tensor.dtype).view(tensor.shape) for tensor, room in rooms]
+    if ahead is not None:
+        yield ahead
+
+
+class MappedExperts(nn.Module):
+    """
+    Routed experts whose weights stay in the checkpoint's memory-mapped files, in the files' types and layout: the
+    experts implementation `"mapped"`. A weight takes no memory until it is read, and then that of the page cache, which
+    all processes share. The weights are not parameters: nothing casts, moves or trains them.
+
+    With hidden states on a GPU, few tokens are brought to the CPU and computed there. For many tokens, each expert that
+    has any is copied to the GPU once. Rates measured at the first use decide what is many.
+    """
+
+    names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    scale_names = tuple(f"{name}_scale_inv" for name in names)
+    rates: dict[tuple, tuple[float, float, float]] = {}
+
+    def __init__(self, config):
+        super().__init__()
+        wide, narrow = config.hidden_size, config.moe_intermediate_size
+        self.shapes = ((narrow, wide), (narrow, wide), (wide, narrow))
+        self.num_experts = config.moe_num_experts
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.weights: dict[str, torch.Tensor | list[torch.Tensor]] = {}  # stacked, or a list of the experts'
+        self.block_size = (128, 128)
+
+    def map_weights(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> set[str]:
+        """
+        Uses the `tensors` whose names start with `prefix`, without copying them, and returns their names. Experts are
+        stacked, as `gate_proj.weight`, or saved one by one, as `0.gate_proj.weight`. Names of scales, which fp8 weights
+        need, end with `_scale_inv`.
+
+        Raises:
+            `ValueError`: if weights or scales are missing, or differ from the config in their number or shapes.
+        """
+        weights, used = {}, set()
+        for matrix, scale, shape in zip(self.names, self.scale_names, self.shapes, strict=True):
+            blocks = tuple(math.ceil(size / block) for size, block in zip(shape, self.block_size, strict=True))
+            for name, wanted in ((matrix, shape), (scale, blocks)):
+                if prefix + name in tensors:
+                    names, found = [prefix + name], tensors[prefix + name]
+                else:
+                    single = (f"{prefix}{number}.{name}" for number in count())
+                    names = list(takewhile(tensors.__contains__, single))
+                    found = [tensors[name] for name in names]
+                if name == scale and not names and weights[matrix][0].dtype.itemsize > 1:
+                    continue  # not fp8
+                shapes = {tuple(part.shape) for part in found}
+                if len(found) != self.num_experts or shapes != {wanted}:
+                    raise ValueError(
+                        f"{prefix}{name} takes {self.num_experts} experts of the shape {wanted}, the checkpoint has "
+                        f"{len(found)}{' of ' * bool(shapes)}{', '.join(map(str, shapes))}."
+                    )
+                weights[name] = found
+                used.update(names)
+        self.weights = weights
+        return used
+
+    @property
+    def is_fp8(self) -> bool:
+        return len(self.weights) > len(self.names)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        for name, weight in self.weights.items():
+            if isinstance(weight, torch.Tensor):
+                destination[prefix + name] = weight
+            else:
+                destination.update({f"{prefix}{number}.{name}": part for number, part in enumerate(weight)})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        given = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        own = {}
+        self._save_to_state_dict(own, prefix, False)
+        if given:  # replaces weights rather than writing to mapped pages
+            self.map_weights(own | given, prefix)
+        if strict:
+            missing.extend(own.keys() - given.keys())
+            unexpected.extend(given.keys() - own.keys())
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.weights)] = self.weights
+        copied.__dict__ = deepcopy(self.__dict__, memo)
+        return copied
+
+    def stored(self, expert: int) -> list[torch.Tensor]:
+        """An expert's weights as they lie in the file: three matrices and, if they are fp8, their scales."""
+        return [self.weights[name][expert] for name in self.names + self.scale_names if name in self.weights]
+
+    def compute(self, states: torch.Tensor, stored: list[torch.Tensor]) -> torch.Tensor:
+        """An expert's output for `states` (rows, hidden_size), on whose device its `stored` weights are."""
+        pairs = zip(stored[:3], stored[3:] or [None] * 3, strict=True)
+        gate, up, down = (dequantize(weight, scale, self.block_size, states.dtype) for weight, scale in pairs)
+        return linear(self.act_fn(linear(states, gate)) * linear(states, up), down)
+
+    def compute_again(self, states: torch.Tensor, expert: int) -> torch.Tensor:
+        """As `compute`, for checkpointing: fetches the weights."""
+        stored = self.stored(expert)
+        return self.compute(
+            states, stored if states.device.type == "cpu" else next(copies_ahead([stored], states.device))
+        )
+
+    @torch.no_grad()
+    def measure(self, states: torch.Tensor) -> tuple[float, float, float]:
+        """Seconds for one row of an expert on the CPU, for each further row, and to copy it to the GPU of `states`."""
+        stored = self.stored(0)
+        key = (states.device, states.dtype, *((tensor.shape, tensor.dtype) for tensor in stored))
+        if key not in self.rates:
+            times = []
+            for rows in (1, 64):
+                on_cpu = torch.zeros(rows, states.shape[1], dtype=states.dtype)
+                for _ in range(3):  # the first reads the file
+                    start = time.perf_counter()
+                    self.compute(on_cpu, stored)
+                    seconds = time.perf_counter() - start
+                times.append(seconds)
+            for _ in range(2):
+                start = time.perf_counter()
+                for _ in copies_ahead([stored] * 4, states.device):
+                    pass
+                torch.cuda.synchronize(states.device)
+                seconds = (time.perf_counter() - start) / 4
+            self.rates[key] = times[0], max(times[1] - times[0], 0) / 63, seconds
+        return self.rates[key]
+
+    @torch.compiler.disable
+    def run(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes all experts on the device of `states` (tokens, hidden_size). The `index` is on the CPU."""
+        output, experts = torch.zeros_like(states), index.unique().tolist()
+        is_stored = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
+        is_again = torch.is_grad_enabled() and not is_stored  # would keep a copy of each weight
+        stored = map(self.stored, experts)
+        if states.device.type != "cpu" and not is_again:
+            stored = copies_ahead(stored, states.device)
+        for expert, tensors in zip(experts, stored, strict=True):
+            token, slot = (places.to(states.device) for places in torch.where(index == expert))
+            if is_again:
+                rows = checkpoint(self.compute_again, states[token], expert, use_reentrant=False)
+            else:
+                rows = self.compute(states[token], tensors)
+            output.index_add_(0, token, (rows * weights[token, slot, None]).to(output.dtype))
+        return output
+
+    @torch.compiler.disable
+    def begin(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        """As `forward`, but returns a function that computes the output. Until it is called, the GPU can be given other
+        work, which it does while the CPU computes."""
+        if not self.weights:
+            raise ValueError('Experts are "mapped" from files: load the model by `from_pretrained`.')
+        device, index = hidden_states.device, top_k_index.cpu()
+        if device.type == "cuda":
+            one, further, copying = self.measure(hidden_states)
+            num_used = index.unique().numel()
+            if num_used * copying < num_used * one + (index.numel() - num_used) * further:
+                return partial(self.run, hidden_states, index, top_k_weights)
+        states, weights = hidden_states.cpu(), top_k_weights.cpu()
+        return lambda: self.run(states, index, weights).to(device)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
+        return self.begin(hidden_states, top_k_index, top_k_weights)()
