@@ -105,7 +105,7 @@ class Step3BoundedCache(Cache):
         room = self.max_length - num_tokens
         if self.keep is not None and room < self.layers[0].num_held:
             if room < 1:
-                raise ValueError(f"{num_tokens} new tokens do not fit in a cache of {self.max_length}.")
+                raise ValueError(f"{num_tokens} new tokens do not fit in a cache of {self.max_length}: give fewer.")
             self.reclaim(min(self.keep, room))
 
 

@@ -877,16 +877,11 @@ class Step3VisionModel(Step3VLPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class WithPictures(ModelOutput):
-    """Base of the outputs with images: `to_tuple` also converts the encoder's output to a tuple."""
-
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
-
-
 @dataclass
-class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
+class WithPictures(ModelOutput):
     """
+    Base of the outputs with images. `to_tuple` also converts the encoder's output to a tuple.
+
     Args:
         image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
             Features of all images, concatenated, which replaced the embeddings of the image tokens.
@@ -897,13 +892,18 @@ class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
 
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
+@dataclass
+class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
+    pass
+
 
 @dataclass
 class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
-    """Has the image fields of [`Step3VLModelOutputWithPast`]."""
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
+    pass
 
 
 class Step3VLModel(Step3VLPreTrainedModel):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import nn
 from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
@@ -24,7 +25,6 @@ from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
-    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -58,8 +58,6 @@ UNIT_RANGE = "step3_unit_range"
 # Errors that PIL's plugins raise for broken files and metadata, besides the documented OSError and ValueError.
 BROKEN_FILE = (SyntaxError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError)
 BROKEN_FILE += (AssertionError, struct.error)
-
-PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
 
 # The `torch.nn.functional.interpolate` mode of each PIL filter.
 INTERPOLATION_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
@@ -429,7 +427,7 @@ class Step3VLImageProcessor(PilBackend):
         self,
         image: ImageInput,
         do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
+        input_data_format: str | None = None,
         image_mean: float | tuple[float, ...] | None = None,
         do_rescale: bool | None = None,
         **kwargs,
@@ -447,8 +445,8 @@ class Step3VLImageProcessor(PilBackend):
         is_unit = False
         if isinstance(image, Image.Image):
             image = upright(image)
-            if image.mode in PREMULTIPLIED_MODES:  # PIL converts these to no other mode
-                image = image.convert(PREMULTIPLIED_MODES[image.mode])
+            if image.mode in ("La", "RGBa"):  # which PIL converts only to LA and RGBA
+                image = image.convert(image.mode.upper())
             pixels = np.asarray(image) if image.mode.startswith(("I", "F")) else None
             if image.mode == "I" and pixels.max() > 255:  # PIL also stores 16-bit greyscale like this
                 pixels = pixels.clip(0, 65535).astype(np.uint16)
@@ -502,9 +500,7 @@ class Step3VLImageProcessor(PilBackend):
             if pixels.shape[-2:] == (side, side):
                 return pixels
             mode = INTERPOLATION_MODES[resample]
-            return torch.nn.functional.interpolate(
-                pixels, size=(side, side), mode=mode, antialias=True, align_corners=False
-            )
+            return nn.functional.interpolate(pixels, size=(side, side), mode=mode, antialias=True)
 
         max_side = kwargs["max_image_size"]
         plans = [self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=max_side) for image in images]

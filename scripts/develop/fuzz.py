@@ -38,6 +38,7 @@ from make_random_model import TINY, make_tokenizer
 # What the API says it raises, and what torch and Python do for wrong values, shapes and types; for a file that cannot
 # be read, OSErrors, and PIL's bomb.
 REFUSED = (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)
+REFUSED += (AssertionError,)
 DOCUMENTED = {
     "config": REFUSED,
     "processor": (*REFUSED, OSError, Image.DecompressionBombError),
@@ -47,6 +48,10 @@ DOCUMENTED = {
 }
 SECONDS = 20
 SIDE = 56
+
+
+class WrongAnswer(Exception):
+    """Neither a right answer nor a refusal."""
 
 
 def odd_number(choose: random.Random):
@@ -84,7 +89,7 @@ def odd_config(choose: random.Random):
     if small <= 2048:
         again = Step3VLConfig.from_dict(config.to_dict())
         if again.to_dict() != config.to_dict():
-            raise AssertionError("the config changes on a round trip")
+            raise WrongAnswer("the config changes on a round trip")
         with torch.device("meta"):
             Step3VLForConditionalGeneration(config)
 
@@ -138,18 +143,18 @@ def odd_call(choose: random.Random, processor: Step3VLProcessor):
     output = processor(text=text, images=choose.choice([images, images, images, None]), return_tensors="pt", **options)
     for name, values in output.items():
         if isinstance(values, torch.Tensor) and not values.float().isfinite().all():
-            raise AssertionError(f"{name} is not finite")
+            raise WrongAnswer(f"{name} is not finite")
     if "pixel_values" in output and "input_ids" in output:
         counts = output["num_patches"]
         views = processor.image_processor.num_tokens(output["pixel_values"].shape[-1]) * len(counts)
         if "patch_pixel_values" in output:
             if counts.sum() != len(output["patch_pixel_values"]):
-                raise AssertionError("patches and their counts differ")
+                raise WrongAnswer("patches and their counts differ")
             side = output["patch_pixel_values"].shape[-1]
             views += int(counts.sum()) * processor.image_processor.num_tokens(side)
         found = int((output["input_ids"] == processor.image_token_id).sum())
         if found != views:
-            raise AssertionError(f"{found} image tokens for {views} image features")
+            raise WrongAnswer(f"{found} image tokens for {views} image features")
 
 
 def odd_metadata(choose: random.Random, processor: Step3VLProcessor):
@@ -183,7 +188,7 @@ def odd_metadata(choose: random.Random, processor: Step3VLProcessor):
         processor(text="<im_patch>", images=base64.b64encode(data).decode())
     except Exception as error:
         if is_shown:
-            raise AssertionError(f"a picture that PIL shows is refused: {error!r}") from error
+            raise WrongAnswer(f"a picture that PIL shows is refused: {error!r}") from error
         raise
 
 
@@ -258,9 +263,9 @@ def odd_forward(choose: random.Random, models: Models):
     finally:
         for name, value in before.items():
             if not torch.equal(value.nan_to_num(), inputs[name].nan_to_num()):
-                raise AssertionError(f"{name} was changed")
+                raise WrongAnswer(f"{name} was changed")
         if choose.random() < 0.2 and not torch.equal(models.model(**models.inputs).logits, models.answer.logits):
-            raise AssertionError("the next good call gives another answer")
+            raise WrongAnswer("the next good call gives another answer")
 
 
 def odd_decode(choose: random.Random, models: Models):
@@ -288,10 +293,10 @@ def odd_decode(choose: random.Random, models: Models):
         logits = models.model(**step, cache=cache).logits
     except Exception:
         if int(cache.get_seq_length()) != length:
-            raise AssertionError("a failed step wrote to the cache") from None
+            raise WrongAnswer("a failed step wrote to the cache") from None
         raise
     if is_good and not torch.equal(logits, models.next_answer):
-        raise AssertionError("a good step gives another answer")
+        raise WrongAnswer("a good step gives another answer")
 
 
 def fuzz(seed: int, processor: Step3VLProcessor, models: Models) -> str | None:
@@ -311,7 +316,7 @@ def fuzz(seed: int, processor: Step3VLProcessor, models: Models) -> str | None:
                 odd_forward(choose, models)
             else:
                 odd_decode(choose, models)
-    except AssertionError as error:
+    except WrongAnswer as error:
         return f"{part}: {error}"
     except DOCUMENTED[part]:
         pass
