@@ -26,7 +26,7 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
 
-from .experts_step3 import LinearExperts, MappedExperts, divide_blocks
+from .experts_step3 import BlockFP8Linear, LinearExperts, MappedExperts, divide_blocks
 
 
 # Trainer and `transformers serve` look up class names in these mappings, which Auto class registration does not fill.
@@ -126,8 +126,8 @@ register_checkpoint_conversion_mapping(
 # Stacked expert weights or scales, as in the release.
 STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
-
-EXPERTS_ON_DISK = re.compile(r"(.*\.moe\.)(?:experts\.)?((?:\d+\.)?(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
+# Also experts saved one by one; without `experts.`, as mapped experts name them.
+ANY_EXPERTS = re.compile(r"(.*\.moe\.)(?:experts\.)?((?:\d+\.)?(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
 def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -162,28 +162,50 @@ def transforms_of(model: PreTrainedModel) -> list[WeightConverter | WeightRenami
     return transforms
 
 
-def take_experts(
-    model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], load_config
-) -> tuple[dict[str, torch.Tensor], list[tuple[MappedExperts, dict[str, torch.Tensor], str]]]:
-    """Separates the weights of mapped experts from all others. Returns the others, and for each layer's experts the
-    arguments of their `map_weights`. Raises a `ValueError` if a layer has no weights."""
+def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], checkpoint_files, load_config):
+    """
+    Gives mapped experts views of their weights, and loads all others as usual, except that block-fp8 stays as it is and
+    is dequantised when it is used.
+
+    Raises:
+        `ValueError`: if experts have no weights, or weights or scales do not match the config.
+    """
     renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
-    own_names, layers, others, modules = model.state_dict(), defaultdict(dict), {}, {}
+    settings = getattr(load_config.hf_quantizer, "quantization_config", None)
+    is_fp8 = getattr(settings, "quant_method", None) == "fp8"
+    if is_fp8:
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        for name, module in list(model.named_modules()):
+            if type(module).__module__ == FP8Experts.__module__:  # put there by transformers
+                model.set_submodule(name, plain.get_submodule(name))
+        load_config = replace(load_config, hf_quantizer=None, weight_mapping=transforms_of(model))
+    own_names = model.state_dict()
+
+    def module_of(name: str) -> str | None:
+        name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own_names)
+        return name.rpartition(".")[0] if name in own_names else None
+
+    layers, others, experts = defaultdict(dict), {}, {}
     for name, weight in state_dict.items():
-        if match := EXPERTS_ON_DISK.fullmatch(name):
+        if match := ANY_EXPERTS.fullmatch(name):
             layers[match[1]][match[1] + match[2]] = weight
             continue
         others[name] = weight
-        if name.endswith(".moe.gate.weight"):
-            own_name, _ = rename_source_key(name, renamings, [], model.base_model_prefix, own_names)
-            if own_name in own_names:
-                experts = own_name.removesuffix("gate.weight") + "experts"
-                modules[name.removesuffix("gate.weight")] = model.get_submodule(experts)
-    for prefix in layers.keys() - modules.keys():  # of layers that the model does not have
+        module = module_of(name) if weight.dtype == torch.float8_e4m3fn or name.endswith(".moe.gate.weight") else None
+        if module is not None and weight.dtype == torch.float8_e4m3fn:
+            layer = BlockFP8Linear(model.get_submodule(module), settings.weight_block_size)
+            model.set_submodule(module, layer)
+        elif module is not None:
+            experts[name.removesuffix("gate.weight")] = model.get_submodule(module.removesuffix("gate") + "experts")
+    for prefix in layers.keys() - experts.keys():  # layers that the model does not have
         others |= layers.pop(prefix)
-    if without := modules.keys() - layers.keys():
-        raise ValueError(f"The checkpoint has no weights for the experts of {', '.join(sorted(without))}.")
-    return others, [(modules[prefix], weights, prefix) for prefix, weights in layers.items()]
+    loaded = PreTrainedModel._load_pretrained_model(model, others, checkpoint_files, load_config)
+    for prefix, module in experts.items():
+        if is_fp8:
+            module.block_size = tuple(settings.weight_block_size)
+        module.map_weights(layers[prefix], prefix)
+    return loaded
 
 
 def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
@@ -288,9 +310,11 @@ class Step3Checkpoint:
                 "`quantization_config` in config.json must say how they are quantised."
             )
         if mapped := [module for module in model.modules() if isinstance(module, MappedExperts)]:
-            model._weight_conversions = transforms_of(model)
-            if mapped[0].is_fp8:  # removed from the config when the other weights were dequantised
+            if mapped[0].is_fp8:  # nothing is left to transformers' quantiser
+                if hasattr(model, "hf_quantizer"):
+                    model.hf_quantizer.remove_quantization_config(model)
                 model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": mapped[0].block_size}
+            model._weight_conversions = transforms_of(model)
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -328,8 +352,8 @@ class Step3Checkpoint:
                 for path in checkpoint_files:  # memory-mapped, so each weight is read when needed
                     state_dict |= load_state_dict(path, weights_only=load_config.weights_only)
             if is_mapped:
-                state_dict, taken = take_experts(model, state_dict, load_config)
-            elif is_linear or settings.dequantize:
+                return load_mapped(model, state_dict, checkpoint_files, load_config)
+            if is_linear or settings.dequantize:
                 state_dict = unstack_experts(state_dict)
         if is_linear:
             mapping = [entry for entry in load_config.weight_mapping if not converts_experts(entry)]
@@ -347,11 +371,7 @@ class Step3Checkpoint:
                 take_back_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if is_mapped:
-            for experts, weights, prefix in taken:
-                experts.block_size = tuple(settings.weight_block_size) if is_fp8 else experts.block_size
-                experts.map_weights(weights, prefix)
-        elif settings.dequantize if is_fp8 else is_linear and quantizer is None:
+        if settings.dequantize if is_fp8 else is_linear and quantizer is None:
             del model._weight_conversions  # so that it is saved stacked and not in fp8
         return loaded
 

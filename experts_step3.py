@@ -1,4 +1,4 @@
-"""Routed experts in other forms than stacked parameters: as linear layers, or mapped from the checkpoint's files."""
+"""Routed experts in other forms than stacked parameters: as linear layers, or mapped from files."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -60,6 +60,20 @@ def dequantize(
     weight = weight.to(torch.promote_types(dtype, torch.float32))
     blocks = weight.unflatten(1, (scale.shape[1], -1)).unflatten(0, (scale.shape[0], -1))
     return blocks.mul_(scale[:, None, :, None]).view_as(weight).to(dtype)
+
+
+class BlockFP8Linear(nn.Linear):
+    """Linear layer whose weight stays in block-fp8, and is dequantised when it is used."""
+
+    def __init__(self, layer: nn.Linear, block_size: tuple[int, int]):
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float8_e4m3fn)
+        blocks = [math.ceil(size / block) for size, block in zip(self.weight.shape, block_size, strict=True)]
+        self.block_size = block_size
+        self.weight.requires_grad_(False)
+        self.weight_scale_inv = nn.Parameter(torch.empty(blocks, device="meta"), requires_grad=False)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return linear(states, dequantize(self.weight, self.weight_scale_inv, self.block_size, states.dtype))
 
 
 def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
