@@ -77,12 +77,9 @@ class Step3SavedWithCode:
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Keep references to other modules than this package's, which may be in any repository.
-        carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
-        others = {
-            auto_class: reference
-            for auto_class, reference in (getattr(self, "auto_map", None) or {}).items()
-            if str(reference).split("--")[-1].split(".")[0] not in carried_modules
-        }
+        carried = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
+        given = getattr(self, "auto_map", None) or {}
+        others = {key: value for key, value in given.items() if str(value).split("--")[-1].split(".")[0] not in carried}
         self.auto_map = {**self.carried_auto_map, **others}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -128,12 +125,7 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     initializer_range: float = nonnegative(default=0.02)
 
     def validate_architecture(self):
-        """Checks that `num_attention_heads` divides `hidden_size`, and `patch_size` divides `image_size`."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for "
-                f"{self.hidden_size} channels."
-            )
+        """Checks that `patch_size` divides `image_size`."""
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`patch_size` must divide `image_size`, got patches of {self.patch_size} px in {self.image_size} px."
