@@ -114,52 +114,45 @@ def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return multiply(layer.weight, states)
 
 
-class FusedWeight:
-    """The weights of linear layers, concatenated to one of shape (all outputs, inputs). The layers' own weights become
-    views of it, so they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
-
-    @torch.no_grad()
-    def __init__(self, layers: list[nn.Linear]):
-        self.sizes = [layer.out_features for layer in layers]
-        self.parts = [layer.weight for layer in layers]
-        self.weight = torch.cat(self.parts)
-        for part, rows in zip(self.parts, self.weight.split(self.sizes), strict=True):
-            part.data = rows
-
-    def is_current(self, layers: list[nn.Module]) -> bool:
-        """Whether the layers still have the fused weights and need not be called."""
-        are_own = all(not obstacle_of(x) and x.weight is part for x, part in zip(layers, self.parts, strict=True))
-        return are_own and (torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr())
-
-    def __reduce__(self):
-        return type(None), ()
-
-
 class Fusible(nn.Module):
-    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one."""
+    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one. Their weights are
+    concatenated to `fused` (all outputs, inputs) and become views of it, so they can be read, saved, loaded and trained
+    as before. Copies of a model are not fused."""
 
-    fused: FusedWeight | None = None
     fusible: tuple[str, ...] = ()
+    fused: torch.Tensor | None = None
+    parts: list[nn.Parameter] | None = None
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs of the layers named in `fusible`. With gradients enabled, each layer is computed separately."""
+        """Outputs of the layers named in `fusible`; each is computed by itself if gradients are enabled, or if a layer
+        has other weights by now or must be called."""
         layers = [getattr(self, name) for name in self.fusible]
-        if self.fused is None or torch.is_grad_enabled() or not self.fused.is_current(layers):
-            return tuple(apply_linear(layer, states) for layer in layers)
-        return multiply(self.fused.weight, states).split(self.fused.sizes, dim=-1)
+        is_fused = self.fused is not None and not torch.is_grad_enabled()
+        pairs = zip(layers, self.parts or (), strict=False)
+        is_fused = is_fused and all(not obstacle_of(x) and x.weight is part for x, part in pairs)
+        if is_fused and (torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.fused.data_ptr()):
+            return multiply(self.fused, states).split([part.shape[0] for part in self.parts], dim=-1)
+        return tuple(apply_linear(layer, states) for layer in layers)
 
     def obstacle(self) -> str | None:
         """Why the layers cannot be fused, or `None` if they can."""
         layers = ((name, getattr(self, name)) for name in self.fusible)
         return next((f"`{name}` {why}" for name, layer in layers if (why := obstacle_of(layer))), None)
 
+    @torch.no_grad()
     def fuse_layers(self) -> None:
-        self.fused = FusedWeight([getattr(self, name) for name in self.fusible])
+        self.parts = [getattr(self, name).weight for name in self.fusible]
+        self.fused = torch.cat(self.parts)
+        for part, rows in zip(self.parts, self.fused.split([len(part) for part in self.parts]), strict=True):
+            part.data = rows
 
     def unfuse_layers(self) -> None:
-        for part in self.fused.parts:
+        for part in self.parts:
             part.data = part.data.clone()
-        self.fused = None
+        self.fused = self.parts = None
+
+    def __getstate__(self) -> dict:  # for copies
+        return {**self.__dict__, "fused": None, "parts": None}
 
     def _apply(self, fn, recurse=True):  # called by `to`, `half` and others
         super()._apply(fn, recurse)
