@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
+from transformers.utils import is_kernels_available
 
 from .experts_step3 import BlockFP8Linear, LinearExperts, MappedExperts, divide_blocks
 
@@ -333,6 +334,7 @@ class Step3Checkpoint:
         Raises:
             `ValueError`: if fp8 weights have no scales, if their blocks do not divide stacked experts, or if linear
             experts would be split over ranks.
+            `ImportError`: if fp8 weights are to stay fp8 on a GPU without the package that multiplies them.
         """
         quantizer, text_config = load_config.hf_quantizer, model.config.get_text_config()
         form = getattr(text_config, "_experts_implementation", None)
@@ -341,6 +343,12 @@ class Step3Checkpoint:
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
         if (is_linear or is_mapped) and load_config.device_mesh is not None:
             raise ValueError(f"`experts_implementation={form!r}` cannot be split over ranks; use `device_map`.")
+        if is_fp8 and not settings.dequantize and torch.cuda.is_available() and not is_kernels_available():
+            raise ImportError(
+                "Weights stay in fp8 on a GPU only with the package `kernels`, in the version that transformers takes: "
+                '`pip install "transformers[kernels]"`, or load the model with '
+                "`quantization_config=FineGrainedFP8Config(dequantize=True)`."
+            )
         for module in model.modules():
             # On a CPU, bitsandbytes would pack 4-bit weights in the first forward without gradients. Packed weights
             # give wrong gradients, and are merged and saved incorrectly.

@@ -56,10 +56,9 @@ def dequantize(
     """A `weight` (rows, columns) in `dtype`, multiplied by the `scale`, if any, of its blocks of `block_size`."""
     if scale is None:
         return weight.to(dtype)
-    scale = divide_blocks(weight, scale, block_size)
-    weight = weight.to(torch.promote_types(dtype, torch.float32))
-    blocks = weight.unflatten(1, (scale.shape[1], -1)).unflatten(0, (scale.shape[0], -1))
-    return blocks.mul_(scale[:, None, :, None]).view_as(weight).to(dtype)
+    scale, weight = divide_blocks(weight, scale, block_size), weight.to(dtype, copy=True)  # exact
+    weight.unflatten(1, (scale.shape[1], -1)).unflatten(0, (scale.shape[0], -1)).mul_(scale[:, None, :, None])
+    return weight
 
 
 class BlockFP8Linear(nn.Linear):
@@ -71,6 +70,15 @@ class BlockFP8Linear(nn.Linear):
         self.block_size = block_size
         self.weight.requires_grad_(False)
         self.weight_scale_inv = nn.Parameter(torch.empty(blocks, device="meta"), requires_grad=False)
+
+    def _apply(self, fn, recurse=True):
+        """Moves the tensors, but never casts them."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return linear(states, dequantize(self.weight, self.weight_scale_inv, self.block_size, states.dtype))

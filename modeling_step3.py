@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2FN, QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
@@ -62,9 +62,9 @@ logger = logging.get_logger(__name__)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def obstacle_of(layer: nn.Module) -> str | None:
+def obstacle_of(layer: nn.Module, has_bias: bool = False) -> str | None:
     """Why a linear layer must be called rather than its weight used directly, or `None` if it need not be."""
-    if type(layer) is not nn.Linear or layer.bias is not None:
+    if type(layer) is not nn.Linear or (layer.bias is not None) != has_bias:
         return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
     if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
         return "has a weight that is split over ranks, quantised or offloaded"
@@ -112,6 +112,24 @@ def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     if not torch.compiler.is_compiling() or obstacle_of(layer) is not None:
         return layer(states)
     return multiply(layer.weight, states)
+
+
+def multiply_in_two(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """
+    `nn.functional.linear` in two products, of a multiple of 64 outputs and of the rest. A row of an odd number of
+    outputs, as in the released vocabulary of 128815, is not aligned in memory, which makes cuBLAS up to six times as
+    slow, also for gradients. The output is therefore a view into rows of a multiple of 64 numbers.
+    """
+    num_outputs, count = len(weight), len(weight) // 64 * 64
+    first, rest = (nn.functional.linear(states, part) for part in weight.split([count, num_outputs - count]))
+    return torch.cat([first, nn.functional.pad(rest, (0, -num_outputs % 64))], -1)[..., :num_outputs]
+
+
+def apply_head(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """Logits of a language-model head for `states` (..., inputs)."""
+    if states.device.type == "cuda" and obstacle_of(layer) is None and layer.out_features % 64:
+        return multiply_in_two(layer.weight, states)
+    return apply_linear(layer, states)
 
 
 class Fusible(nn.Module):
@@ -234,9 +252,7 @@ class Step3TextRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * states.to(hidden_states.dtype)
+        return self.weight * nn.functional.rms_norm(hidden_states, self.weight.shape, eps=self.variance_epsilon)
 
 
 def _check_attention_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -272,17 +288,28 @@ def eager_attention_forward(
     batch_size, num_heads, num_queries, head_dim = query.shape
     num_key_value_heads = key.shape[1]
 
-    query = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
-    attn_weights = torch.matmul(query, key.transpose(2, 3)).view(batch_size, num_heads, num_queries, -1) * scaling
+    query = (query * scaling).reshape(batch_size, num_key_value_heads, -1, head_dim)
+    attn_weights = torch.matmul(query, key.transpose(2, 3)).view(batch_size, num_heads, num_queries, -1)
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
 
-    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    # Computed in float32 at least; gradients also need the result so.
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else query.dtype
     attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights.view(batch_size, num_key_value_heads, -1, key.shape[2]), value)
     attn_output = attn_output.view(batch_size, num_heads, num_queries, head_dim).transpose(1, 2).contiguous()
     return attn_output, attn_weights
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """transformers' `apply_rotary_pos_emb` without gradients, in half the time: adds to the halves in place."""
+    (first, second), (sin, _) = (each.chunk(2, -1) for each in (states, sin[:, None]))
+    output = states * cos[:, None]
+    output_first, output_second = output.chunk(2, -1)
+    output_first.addcmul_(second, sin, value=-1)
+    output_second.addcmul_(first, sin)
+    return output
 
 
 def not_finite(*states: torch.Tensor) -> torch.Tensor:
@@ -293,16 +320,28 @@ def not_finite(*states: torch.Tensor) -> torch.Tensor:
     return (total * 0).to(states[0].dtype)
 
 
+def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask of `dtype` for one that is true where tokens are attended to."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
     key/value head become its rows. For more tokens, keys and values are expanded, as a view if there is one head.
+    On a GPU, a single token is attended by eager attention, because cuDNN, SDPA's first choice, takes 70 ms to plan for
+    each new number of keys, and its other kernels read long keys with few of the GPU's processors.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
         _check_attention_shapes(query, key, value)
         batch_size, num_heads, num_queries, head_dim = query.shape
         num_key_value_heads = key.shape[1]
+        if num_queries == 1 and query.device.type == "cuda":
+            if attention_mask is not None and attention_mask.dtype == torch.bool:
+                attention_mask = to_additive(attention_mask, query.dtype)
+            attn_output, _ = eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+            return attn_output, None
         if num_queries == 1:
             if attention_mask is not None and attention_mask.shape[1] > 1:
                 attention_mask = attention_mask.view(batch_size, num_key_value_heads, -1, key.shape[2])
@@ -354,7 +393,10 @@ class Step3TextAttention(Fusible):
         key_states = key_states.view(hidden_shape).transpose(1, 2)
         value_states = value_states.view(hidden_shape).transpose(1, 2)
         cos, sin = position_embeddings
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+        else:
+            query_states, key_states = (rotate(states, cos, sin) for states in (query_states, key_states))
 
         is_sdpa_on_cpu = self.config._attn_implementation == "sdpa" and hidden_states.device.type == "cpu"
         broken = not_finite(query_states, key_states) if is_sdpa_on_cpu else None
@@ -451,7 +493,11 @@ def step3_experts_forward(
     # Under expert parallelism, an index beyond the experts stands for other ranks' experts, with a weight of 0.
     experts, order = top_k_index.clamp(max=self.num_experts - 1).flatten().sort()
     gate_up = sum_products(self.gate_up_proj, hidden_states[order // top_k], experts).type_as(hidden_states)
-    output = sum_products(self.down_proj, self._apply_gate(gate_up), experts)[order.argsort()]
+    states = self._apply_gate(gate_up)
+    if states.device.type != "cpu":
+        # The compiler computes what `as_strided` takes beforehand; it would compute activations again for each output.
+        states = states.as_strided(states.shape, states.stride())
+    output = sum_products(self.down_proj, states, experts)[order.argsort()]
     return (output.view(num_tokens, top_k, -1) * top_k_weights.unsqueeze(-1)).sum(1).type_as(hidden_states)
 
 
@@ -644,9 +690,8 @@ class Step3TextModel(Step3VLPreTrainedModel):
             mask = nn.functional.pad(mask, (0, room - mask.shape[1]))
             mask = mask & (torch.arange(room, device=mask.device) <= cache.get_seq_length())
         mask = mask[:, None, None]
-        if self.config._attn_implementation == "eager":
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
+        is_additive = self.config._attn_implementation == "eager" or mask.device.type == "cuda"
+        return to_additive(mask, dtype) if is_additive else mask
 
     @merge_with_config_defaults
     @capture_outputs
@@ -803,6 +848,20 @@ class Step3VisionAttention(nn.Module):
         return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
+class Step3VisionMLP(CLIPMLP):
+    """MLP of an encoder layer. QuickGELU, x * sigmoid(1.702 x), is silu(1.702 x) / 1.702, of which the products compute
+    the factors: one pass over the wide states instead of three."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        is_quick = isinstance(self.activation_fn, QuickGELUActivation)
+        if not is_quick or obstacle_of(fc1, True) or obstacle_of(fc2, True):
+            return super().forward(hidden_states)
+        states = torch.addmm(1.702 * fc1.bias, hidden_states.flatten(0, -2), fc1.weight.T, alpha=1.702)
+        states = torch.addmm(fc2.bias, nn.functional.silu(states), fc2.weight.T, alpha=1 / 1.702)
+        return states.view(hidden_states.shape)
+
+
 class Step3VisionEncoderLayer(GradientCheckpointingLayer):
     """Encoder layer that normalises the output of each branch instead of its input."""
 
@@ -810,7 +869,7 @@ class Step3VisionEncoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = Step3VisionAttention(config)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
+        self.mlp = Step3VisionMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
@@ -1156,7 +1215,7 @@ class Step3LanguageModelHead:
             hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
         else:
             hidden_states = self.select_positions(hidden_states, logits_to_keep)
-        logits = apply_linear(self.lm_head, hidden_states)
+        logits = apply_head(self.lm_head, hidden_states)
 
         loss = None
         if labels is not None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from step3_vl import Step3TextForCausalLM, Step3VLConfig, Step3VLForConditionalGeneration
+from step3_vl import Step3TextForCausalLM, Step3VLConfig, Step3VLForConditionalGeneration, checkpoint_step3
 
 
 pytestmark = pytest.mark.releases
@@ -69,6 +69,15 @@ def test_fp8_is_kept_where_a_gpu_has_it(fp8, tmp_path, monkeypatch):
         assert_same_tensors(load_file(tmp_path / "saved" / "model.safetensors"), source)
     with pytest.raises(ValueError, match="`moe_intermediate_size` is a multiple of the blocks' 128 rows, got 136"):
         AutoModelForImageTextToText.from_pretrained(fp8)
+
+
+def test_fp8_on_a_gpu_without_kernels_is_refused_before_it_is_read(fp8, monkeypatch):
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(checkpoint_step3, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(checkpoint_step3, "load_state_dict", None)  # reads the weights
+    with pytest.raises(ImportError, match="package `kernels`"):
+        AutoModelForImageTextToText.from_pretrained(fp8, device_map="cpu")
 
 
 def test_an_adapter_is_read_together_with_an_fp8_model(tmp_path, monkeypatch):

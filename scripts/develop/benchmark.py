@@ -232,10 +232,13 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
             own.append(machine.seconds(case.call))
     rows = []
     for case, own, limit in zip(cases, seconds, limits, strict=True):
-        original = seconds[[other.name for other in cases].index({**case.name, "what": "original"})]
         row = {**case.name, "seconds": statistics.median(own), "low": min(own), "high": max(own)}
         row["limit_seconds"] = statistics.median(limit)
-        for ratio, others in (("of_limit", limit), ("against_original", original)):
+        beside = {"of_limit": limit}
+        for other, its_own in zip(cases, seconds, strict=True):
+            if other.name == {**case.name, "what": "original"}:
+                beside["against_original"] = its_own
+        for ratio, others in beside.items():
             row[ratio] = statistics.median(other / mine for other, mine in zip(others, own, strict=True))
         if case.held is not None:
             row["bytes"] = case.held + machine.peak_bytes(case.call)
@@ -244,8 +247,8 @@ def measure(machine: Machine, cases: list[Case], seconds_of_work: Callable[[], f
 
 
 def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: argparse.Namespace) -> PreTrainedModel:
-    """A random model, made where it is to run; a seed makes them alike. Of the released dimensions only what chooses
-    experts is random, the other weights are zeros: as slow to read, and there at once."""
+    """A random model, made where it is to run; a seed makes them alike. On a CPU, of the released dimensions only what
+    chooses experts is random, the other weights are zeros: as slow to read, and there at once."""
     sizes = dict(TEXT_SIZES[size])
     if size == "real-layer":
         sizes["num_hidden_layers"] = 1 + options.layers
@@ -262,6 +265,8 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
     for name, parameter in model.named_parameters():
         if name.endswith(("embed_tokens.weight", "moe.gate.weight")):
             parameter.normal_()
+        elif machine.device.type == "cuda":  # which multiplies zeros faster
+            parameter.normal_(float(parameter.ndim == 1), 0.02)
         else:
             parameter.fill_(parameter.ndim == 1)
     return model
@@ -269,11 +274,33 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
 
 def variants(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     """What is measured, by its name, all on the same weights but for those that are fused."""
-    models = {"original": as_original(model), "package": model}
+    models = {"original": as_original(model)} if options.original else {}
+    models["package"] = model
     if options.fuse:
         models["package, fused"] = on_same_weights(model)
         models["package, fused"].fuse(*FUSIONS)
+    if options.offload:
+        with tempfile.TemporaryDirectory(dir=options.directory) as folder:
+            model.save_pretrained(folder)
+            for what in options.offload:
+                models[f"package, {what}"] = type(model).from_pretrained(
+                    folder, dtype=model.dtype, **placements(model)[what]
+                )
     return models
+
+
+def placements(model: PreTrainedModel) -> dict[str, dict]:
+    """Arguments of `from_pretrained` that leave the experts of a text model elsewhere than on its device."""
+    device = 0 if model.device.type == "cuda" else "cpu"
+    device_map = {"lm_head": device}
+    device_map |= {f"model.{name}": device for name, _ in model.model.named_children() if name != "layers"}
+    for number, layer in enumerate(model.model.layers):
+        for name, _ in layer.named_children():
+            device_map[f"model.layers.{number}.{name}"] = "cpu" if name == "moe" else device
+    return {
+        "mapped": {"experts_implementation": "mapped", "device_map": {"": device}},
+        "accelerate": {"device_map": device_map},  # copies all experts for each token
+    }
 
 
 def active_weights(model: PreTrainedModel, tokens: int) -> tuple[float, float]:
@@ -470,10 +497,8 @@ def benchmark_vision(machine: Machine, options: argparse.Namespace, size: str, d
         rows = (side // vision_config.patch_size) ** 2 + 4
         weights = vision_config.hidden_size * (4 * vision_config.hidden_size + 2 * vision_config.intermediate_size)
         flops += number * vision_config.num_hidden_layers * rows * (2 * weights + 4 * rows * vision_config.hidden_size)
-    cases = [
-        Case({"what": "original"}, one_at_a_time, flops),
-        Case({"what": "package"}, partial(model.get_image_features, views, patches, counts), flops),
-    ]
+    cases = [Case({"what": "original"}, one_at_a_time, flops)] if options.original else []
+    cases.append(Case({"what": "package"}, partial(model.get_image_features, views, patches, counts), flops))
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
     return [{**row, "pictures_per_second": count / row["seconds"]} for row in rows]
 
@@ -527,6 +552,7 @@ def benchmark_preprocess(machine: Machine, options: argparse.Namespace, *_) -> l
 def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dtype: torch.dtype) -> list[dict]:
     """One step forward and backward over `context` tokens."""
     plain = make_text_model(size, dtype, machine, options).train()
+    models = [("original", as_original(plain))] * options.original + [("package", plain)]
     multiplied = active_weights(plain, 1)[1]
 
     @torch.enable_grad()
@@ -539,7 +565,7 @@ def benchmark_train(machine: Machine, options: argparse.Namespace, size: str, dt
         for batch in options.batch:
             ids = torch.randint(10, plain.config.vocab_size, (batch, context), device=machine.device)
             work = 3 * batch * context * (2 * multiplied + attention_flops(plain.config, context))
-            for what, model in (("original", as_original(plain)), ("package", plain)):
+            for what, model in models:
                 name = {"context": context, "batch": batch, "what": what}
                 cases.append(Case(name, partial(step, model, ids), work))
     rows = measure(machine, cases, partial(machine.seconds_per_flop, dtype), options.repeats)
@@ -782,7 +808,11 @@ def main() -> None:
     parser.add_argument("--layers", type=positive, default=1, help="mixture layers of real-layer (default: 1)")
     parser.add_argument("--experts", type=positive, help="experts of a mixture (default: the size's)")
     parser.add_argument("--pictures", type=positive, default=8, help="to encode (default: 8)")
+    parser.add_argument("--no-original", dest="original", action="store_false", help="leave out the original's code")
     parser.add_argument("--fuse", action="store_true", help="also measure the fused model")
+    parser.add_argument(
+        "--offload", nargs="+", choices=("mapped", "accelerate"), default=[], help="also measure experts on the CPU"
+    )
     parser.add_argument(
         "--vllm", type=Path, metavar="DIRECTORY", help="vLLM's environment, as scripts/develop/engines.sh makes"
     )

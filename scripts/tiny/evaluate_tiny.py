@@ -43,11 +43,12 @@ def fresh_scenes(seed: int, count: int) -> list[Scene]:
 
 
 def answer_scenes(
-    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, **options
+    model, processor, scenes: list[Scene], batch_size: int = 64, with_patches: bool = True, device=None, **options
 ) -> list[Answer]:
     """
     The model's greedy answer to every question about `scenes`, each asked by itself, `batch_size` at a time. Without
-    patches, the model sees every picture's global view alone. `options` go to `generate`.
+    patches, the model sees every picture's global view alone. Inputs go to `device` or the model's, `options` to
+    `generate`.
     """
     asked = [(scene, kind, *pair) for scene in scenes for kind, pair in scene.questions.items()]
     side = processor.image_processor.size["height"]
@@ -68,7 +69,7 @@ def answer_scenes(
                 return_dict=True,
                 return_tensors="pt",
                 processor_kwargs={"padding": True},
-            ).to(model.device)
+            ).to(device or model.device)
             output = model.generate(**inputs, do_sample=False, **options)
             texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers += [Answer(*question, text) for question, text in zip(batch, texts, strict=True)]
