@@ -180,9 +180,8 @@ class Step3GenerationMixin(GenerationMixin):
             processors.insert(0, check_finite)  # before the caller's processors
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        implementation = kwargs.get("cache_implementation", settings.cache_implementation)
-        if getattr(cache, "offloading", False) or implementation == "offloaded_static":
-            kwargs["disable_compile"] = True  # a compiled step that copies keys to the CPU crashes
+        if getattr(cache, "offloading", False) or generation_config.cache_implementation == "offloaded_static":
+            generation_config.disable_compile = True  # a compiled step that copies keys to the CPU crashes
         output = super().generate(inputs, generation_config, LogitsProcessorList(processors), *args, **kwargs)
         check_finite.check()
         return output
