@@ -4,11 +4,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,10 +27,12 @@ from transformers.core_model_loading import (
 from transformers.integrations.finegrained_fp8 import FP8Experts
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.models.auto import modeling_auto
-from transformers.utils import is_kernels_available
+from transformers.utils import is_kernels_available, logging
 
 from .experts_step3 import BlockFP8Linear, LinearExperts, MappedExperts, divide_blocks
 
+
+logger = logging.get_logger(__name__)
 
 # Trainer and `transformers serve` look up class names in these mappings, which Auto class registration does not fill.
 for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
@@ -163,6 +167,39 @@ def transforms_of(model: PreTrainedModel) -> list[WeightConverter | WeightRenami
     return transforms
 
 
+def open_files(paths: list[str], weights_only: bool) -> dict[str, torch.Tensor]:
+    """The tensors of files, memory-mapped, so that each is read when it is needed."""
+    tensors = {}
+    for path in paths:
+        try:
+            tensors |= load_state_dict(path, weights_only=weights_only)
+        except RuntimeError as error:
+            if "unable to mmap" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{error}. Mapped files need address space, not memory: `ulimit -v` must be unlimited, and "
+                "`sysctl vm.overcommit_memory` 0 or 1."
+            ) from error
+    return tensors
+
+
+def warn_of_slow_reading(model: PreTrainedModel, paths: list[str] | None) -> None:
+    """On Linux, warns if mapped experts lie on a network file system or exceed the memory, and says what is read."""
+    if not paths or not Path("/proc/mounts").exists():
+        return
+    experts = [module for module in model.modules() if isinstance(module, MappedExperts)]
+    size = sum(tensor.nbytes * module.num_experts for module in experts for tensor in module.stored(0)) / 1e9
+    config = model.config.get_text_config()
+    token = f"A token reads {size * config.moe_top_k / config.moe_num_experts:.3g} GB of {size:.3g} GB of experts"
+    mounts = dict(line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines())
+    file_system = next(mounts[str(folder)] for folder in Path(paths[0]).resolve().parents if str(folder) in mounts)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if re.match("nfs|cifs|smb|fuse|ceph|lustre|9p", file_system):
+        logger.warning(f"{token} from a network file system ({file_system}): a copy on a local disk is faster.")
+    elif size > memory:
+        logger.warning(f"{token}, from the disk unless cached: this machine has {memory:.3g} GB of memory.")
+
+
 def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], checkpoint_files, load_config):
     """
     Gives mapped experts views of their weights, and loads all others as usual, except that block-fp8 stays as it is and
@@ -202,10 +239,18 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
     for prefix in layers.keys() - experts.keys():  # layers that the model does not have
         others |= layers.pop(prefix)
     loaded = PreTrainedModel._load_pretrained_model(model, others, checkpoint_files, load_config)
+    for module in model.modules():
+        if isinstance(module, BlockFP8Linear):
+            module.requires_grad_(False)
     for prefix, module in experts.items():
         if is_fp8:
             module.block_size = tuple(settings.weight_block_size)
         module.map_weights(layers[prefix], prefix)
+    for name, device in (load_config.device_map or {}).items():
+        module_name, _, number = name.rpartition(".")
+        if number.isdecimal() and isinstance(module := model.get_submodule(module_name), MappedExperts):
+            module.hold(int(number), device)
+    warn_of_slow_reading(model, checkpoint_files)
     return loaded
 
 
@@ -343,7 +388,8 @@ class Step3Checkpoint:
         is_fp8 = quantizer is not None and quantizer.pre_quantized and settings.quant_method == "fp8"
         if (is_linear or is_mapped) and load_config.device_mesh is not None:
             raise ValueError(f"`experts_implementation={form!r}` cannot be split over ranks; use `device_map`.")
-        if is_fp8 and not settings.dequantize and torch.cuda.is_available() and not is_kernels_available():
+        keeps_fp8 = is_fp8 and not settings.dequantize and not is_mapped
+        if keeps_fp8 and torch.cuda.is_available() and not is_kernels_available():
             raise ImportError(
                 "Weights stay in fp8 on a GPU only with the package `kernels`, in the version that transformers takes: "
                 '`pip install "transformers[kernels]"`, or load the model with '
@@ -356,9 +402,7 @@ class Step3Checkpoint:
                 module.support_avx512bf16_for_cpu = False
         if is_linear or is_mapped or is_fp8:
             if state_dict is None:
-                state_dict = {}
-                for path in checkpoint_files:  # memory-mapped, so each weight is read when needed
-                    state_dict |= load_state_dict(path, weights_only=load_config.weights_only)
+                state_dict = open_files(checkpoint_files, load_config.weights_only)
             if is_mapped:
                 return load_mapped(model, state_dict, checkpoint_files, load_config)
             if is_linear or settings.dequantize:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
-from functools import partial
+from functools import cache
 from itertools import count, takewhile
 from typing import Any
 
@@ -50,15 +50,25 @@ def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[i
     return scale
 
 
+@torch.no_grad()
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor | None, block_size: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
     """A `weight` (rows, columns) in `dtype`, multiplied by the `scale`, if any, of its blocks of `block_size`."""
     if scale is None:
         return weight.to(dtype)
-    scale, weight = divide_blocks(weight, scale, block_size), weight.to(dtype, copy=True)  # exact
-    weight.unflatten(1, (scale.shape[1], -1)).unflatten(0, (scale.shape[0], -1)).mul_(scale[:, None, :, None])
-    return weight
+    scale = divide_blocks(weight, scale, block_size)
+    rows, columns = (size // blocks for size, blocks in zip(weight.shape, scale.shape, strict=True))
+    if weight.device.type != "cpu":
+        blocks = weight.to(torch.float32).view(scale.shape[0], rows, scale.shape[1], columns)
+        return (blocks * scale[:, None, :, None]).to(dtype).view_as(weight)
+    # On a CPU, torch converts fp8 five times as slowly as it looks up its 256 values in cache.
+    values = torch.arange(256, dtype=torch.uint8).view(weight.dtype).to(torch.float32)
+    output = torch.empty(weight.shape, dtype=dtype)
+    numbers = weight.view(torch.uint8).split(rows)
+    for part, number, row_scale in zip(output.split(rows), numbers, scale.repeat_interleave(columns, 1), strict=True):
+        part.copy_(values[number.int()].mul_(row_scale))
+    return output
 
 
 class BlockFP8Linear(nn.Linear):
@@ -84,9 +94,15 @@ class BlockFP8Linear(nn.Linear):
         return linear(states, dequantize(self.weight, self.weight_scale_inv, self.block_size, states.dtype))
 
 
+@cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream that copies experts to a GPU, because the memory it uses is kept for it alone."""
+    return torch.cuda.Stream(device)
+
+
 def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) -> Iterator[list[torch.Tensor]]:
     """Copies lists of CPU tensors to a GPU through pinned memory, each list while the one before it is used."""
-    main, copying, ahead = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
+    main, copying, ahead = torch.cuda.current_stream(device), copying_stream(device), None
     buffers = [torch.empty(0, dtype=torch.uint8)] * 2
     events = [torch.cuda.Event(), torch.cuda.Event()]
     for number, tensors in enumerate(weights):
@@ -132,6 +148,7 @@ class MappedExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.weights: dict[str, torch.Tensor | list[torch.Tensor]] = {}  # stacked, or a list of the experts'
         self.block_size = (128, 128)
+        self.held: dict[int, list[torch.Tensor]] = {}  # copies of some experts' weights on a GPU
 
     def map_weights(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> set[str]:
         """
@@ -203,11 +220,22 @@ class MappedExperts(nn.Module):
         return linear(self.act_fn(linear(states, gate)) * linear(states, up), down)
 
     def compute_again(self, states: torch.Tensor, expert: int) -> torch.Tensor:
-        """As `compute`, for checkpointing: fetches the weights."""
-        stored = self.stored(expert)
-        return self.compute(
-            states, stored if states.device.type == "cpu" else next(copies_ahead([stored], states.device))
-        )
+        """As `compute`, but fetches the weights, for checkpointing."""
+        return self.compute(states, next(self.fetch([expert], states.device)))
+
+    def hold(self, expert: int, device: torch.device | int | str) -> None:
+        """Keeps a copy of an expert on a GPU, which then computes it. On a CPU, experts stay mapped."""
+        if torch.device(device).type != "cpu":
+            self.held[expert] = [tensor.to(device) for tensor in self.stored(expert)]
+
+    def fetch(self, experts: list[int], device: torch.device) -> Iterator[list[torch.Tensor]]:
+        """Weights of the experts on the device."""
+        if device.type == "cpu":
+            yield from map(self.stored, experts)
+            return
+        copies = copies_ahead((self.stored(expert) for expert in experts if expert not in self.held), device)
+        for expert in experts:
+            yield self.held[expert] if expert in self.held else next(copies)
 
     @torch.no_grad()
     def measure(self, states: torch.Tensor) -> tuple[float, float, float]:
@@ -233,20 +261,18 @@ class MappedExperts(nn.Module):
         return self.rates[key]
 
     @torch.compiler.disable
-    def run(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Computes all experts on the device of `states` (tokens, hidden_size). The `index` is on the CPU."""
-        output, experts = torch.zeros_like(states), index.unique().tolist()
+    def run(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: list[int]) -> torch.Tensor:
+        """Computes `experts` on the device of `states` (tokens, hidden_size). The `index` is on the CPU."""
+        output = torch.zeros_like(states)
         is_stored = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
         is_again = torch.is_grad_enabled() and not is_stored  # would keep a copy of each weight
-        stored = map(self.stored, experts)
-        if states.device.type != "cpu" and not is_again:
-            stored = copies_ahead(stored, states.device)
-        for expert, tensors in zip(experts, stored, strict=True):
+        fetched = None if is_again else self.fetch(experts, states.device)
+        for expert in experts:
             token, slot = (places.to(states.device) for places in torch.where(index == expert))
             if is_again:
                 rows = checkpoint(self.compute_again, states[token], expert, use_reentrant=False)
             else:
-                rows = self.compute(states[token], tensors)
+                rows = self.compute(states[token], next(fetched))
             output.index_add_(0, token, (rows * weights[token, slot, None]).to(output.dtype))
         return output
 
@@ -259,13 +285,21 @@ class MappedExperts(nn.Module):
         if not self.weights:
             raise ValueError('Experts are "mapped" from files: load the model by `from_pretrained`.')
         device, index = hidden_states.device, top_k_index.cpu()
-        if device.type == "cuda":
+        experts, counts = (numbers.tolist() for numbers in index.unique(return_counts=True))
+        on_cpu = [expert for expert in experts if expert not in self.held]
+        on_gpu = [expert for expert in experts if expert in self.held]
+        if device.type == "cuda" and on_cpu:
             one, further, copying = self.measure(hidden_states)
-            num_used = index.unique().numel()
-            if num_used * copying < num_used * one + (index.numel() - num_used) * further:
-                return partial(self.run, hidden_states, index, top_k_weights)
-        states, weights = hidden_states.cpu(), top_k_weights.cpu()
-        return lambda: self.run(states, index, weights).to(device)
+            rows = sum(count for expert, count in zip(experts, counts, strict=True) if expert not in self.held)
+            if len(on_cpu) * copying < len(on_cpu) * one + (rows - len(on_cpu)) * further:
+                on_cpu, on_gpu = [], experts
+        states, weights = (hidden_states.cpu(), top_k_weights.cpu()) if on_cpu else (None, None)
+
+        def compute() -> torch.Tensor:
+            output = self.run(hidden_states, index, top_k_weights, on_gpu) if on_gpu else 0
+            return output + self.run(states, index, weights, on_cpu).to(device) if on_cpu else output
+
+        return compute
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

@@ -11,10 +11,12 @@ SCRIPTS = Path(__file__).parent
 # The module of each command, and the extra that it needs.
 COMMANDS = {
     "convert": ("convert_checkpoint", None),
+    "plan": ("plan", None),
     "describe": ("describe", None),
     "finetune": ("finetune_lora", "finetune"),
     "serve": ("serve", "serve"),
     "push": ("push_to_hub", None),
+    "experts": ("experts", None),
     "export": ("export_onnx", "export"),
 }
 
