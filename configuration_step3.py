@@ -7,39 +7,18 @@ The defaults describe the released 321 B model (https://huggingface.co/stepfun-a
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
 import importlib
-import inspect
 import sys
 
 from huggingface_hub.dataclasses import strict
 from transformers import configuration_utils
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import activation_fn_key, interval, probability
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differences between transformers releases
-# ---------------------------------------------------------------------------------------------------------------------
-# Each names the release that made the change; remove it when that release is the oldest supported. This module also
-# works without torch, so functions import what needs it.
-
-
-def cache_name() -> str:
-    """The name of the cache in `generate`, masks and outputs: `cache` since 5.24, `past_key_values` before."""
-    from transformers.masking_utils import create_causal_mask
-
-    return "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-
-
-def gathers_uneven_outputs() -> bool:
-    """5.21 gathers outputs that are split over ranks at any width; before, the ranks must divide it."""
-    from transformers.distributed.tensor_parallel import ColwiseParallel
-
-    return "validate_param" not in vars(ColwiseParallel)
-
-
-# 5.20: `sub_configs_defaults`, of these, instead of `sub_configs`; Step3VLConfig sets both.
+# Since transformers 5.20: `sub_configs_defaults`, of these, instead of `sub_configs`; Step3VLConfig sets both.
 SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
 
 
@@ -96,21 +75,12 @@ class Step3SavedWithCode:
 
     carried_auto_map = {}
 
-    def __setattr__(self, key, value):
-        name = self.attribute_map.get(key, key)
-        if name == key:
-            super().__setattr__(key, value)
-        else:  # sets the field itself, which validates the value
-            setattr(self, name, value)
-
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        carried_modules = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
-        auto_map = dict(getattr(self, "auto_map", None) or {})
-        for auto_class, reference in auto_map.copy().items():
-            # Replace references to this package's modules, in any repository and under any class name.
-            if isinstance(reference, str) and reference.split("--")[-1].split(".")[0] in carried_modules:
-                del auto_map[auto_class]
-        self.auto_map = {**self.carried_auto_map, **auto_map}
+        # Keep references to other modules than this package's, which may be in any repository.
+        carried = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
+        given = getattr(self, "auto_map", None) or {}
+        others = {key: value for key, value in given.items() if str(value).split("--")[-1].split(".")[0] not in carried}
+        self.auto_map = {**self.carried_auto_map, **others}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
@@ -155,12 +125,7 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     initializer_range: float = nonnegative(default=0.02)
 
     def validate_architecture(self):
-        """Checks that `num_attention_heads` divides `hidden_size`, and `patch_size` divides `image_size`."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`num_attention_heads` must divide `hidden_size`, got {self.num_attention_heads} heads for "
-                f"{self.hidden_size} channels."
-            )
+        """Checks that `patch_size` divides `image_size`."""
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`patch_size` must divide `image_size`, got patches of {self.patch_size} px in {self.image_size} px."
@@ -189,12 +154,12 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLPs and experts.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities during training.
         moe_layers_enum (`str`, `list[int]` or `tuple[int]`, *optional*):
-            Indices of the MoE layers, as numbers or as text such as `"4,5,6"`. Stored as text, which serving engines
-            read. `None` and `""` mean every layer but the first, and are stored as that list. The default is
-            `"4,5,…,59"` for the released 61 layers, and every layer but the first for any other number.
+            Indices of the MoE layers, as numbers or as text such as `"4,5,6"`; saved as text, which serving engines
+            read. `None` and `""` mean every layer but the first. The default is `"4,5,…,59"` for the released 61
+            layers, and every layer but the first for any other number.
         use_moe (`bool`, defaults to `True`):
-            Whether the model has MoE layers. If not, `moe_layers_enum` becomes `"-1"`: serving engines do not know this
-            field, and read `"-1"` as no layer.
+            Whether the model has MoE layers. If not, `"-1"` is saved as `moe_layers_enum`: serving engines do not know
+            this field, and read `"-1"` as no layer.
         moe_num_experts (`int`, defaults to 48): Number of routed experts in an MoE layer.
         moe_top_k (`int`, defaults to 3): Number of experts that each token is routed to.
         moe_intermediate_size (`int`, defaults to 5120): Width inside a routed expert.
@@ -290,16 +255,12 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        # The default lists the released layers, which only fit the released depth.
         if self.moe_layers_enum is RELEASED_MOE_LAYERS and self.num_hidden_layers != 61:
             self.moe_layers_enum = None
-        self.use_moe = self.use_moe and not (self._has_no_layers_listed() and self.num_hidden_layers == 1)
+        self.use_moe = bool(self.moe_layers)
         self.moe_layers_enum = self._layers_as_text()
-        # Copy the caller's dictionaries, because transformers modifies them in place.
-        if isinstance(self.rope_parameters, dict):
-            self.rope_parameters = dict(self.rope_parameters)
-        if isinstance(kwargs.get("rope_scaling"), dict):
-            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        # Copy the caller's dictionary, because transformers modifies it in place.
+        self.rope_parameters = copy.copy(kwargs.pop("rope_scaling", None) or self.rope_parameters)
         if self.num_attention_groups > 1:  # split key/value heads like query heads
             split = {f"layers.*.self_attn.{name}": "colwise" for name in ("k_proj", "v_proj")}
             self.base_model_tp_plan = {**self.base_model_tp_plan, **split}
@@ -318,25 +279,18 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
             }
         return config_dict, kwargs
 
-    def _has_no_layers_listed(self) -> bool:
-        entries = self.moe_layers_enum
-        return not (entries.strip() if isinstance(entries, str) else entries)
-
-    def _layers_as_text(self) -> str:
-        """`moe_layers_enum` in the text form that serving engines read."""
-        entries = self.moe_layers_enum
-        if not self.use_moe:
-            return "-1"
-        if self._has_no_layers_listed():
-            entries = range(1, self.num_hidden_layers)
-        return entries if isinstance(entries, str) else ",".join(map(str, entries)) or "-1"
-
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the MoE layers, in ascending order."""
-        if not self.use_moe or (self._has_no_layers_listed() and self.num_hidden_layers == 1):
+        if not self.use_moe:
             return []
-        return sorted({int(entry) for entry in self._layers_as_text().split(",")})
+        listed = self.moe_layers_enum or ()
+        entries = listed.split(",") if isinstance(listed, str) else listed
+        layers = sorted({int(entry) for entry in entries if str(entry).strip()})
+        return layers or list(range(1, self.num_hidden_layers))
+
+    def _layers_as_text(self) -> str:
+        return ",".join(map(str, self.moe_layers)) or "-1"
 
     @property
     def longest_sequence(self) -> int | None:
@@ -347,51 +301,17 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
 
     def validate_architecture(self):
-        """Checks attention heads, `pad_token_id`, experts and MoE layer indices."""
+        """Checks the numbers of attention heads, and the indices of MoE layers."""
         if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
                 "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
                 f"{self.num_attention_groups} for {self.num_attention_heads} query heads."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"`head_dim` must be even for rotary embedding, got {self.head_dim}.")
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"`pad_token_id` must be a token of the vocabulary, between 0 and {self.vocab_size - 1}, got "
-                f"{self.pad_token_id}."
-            )
-        if self.moe_top_k > self.moe_num_experts:
-            raise ValueError(
-                f"`moe_top_k` must not exceed `moe_num_experts`, got {self.moe_top_k} of {self.moe_num_experts}."
-            )
-        try:
-            moe_layers = self.moe_layers
-        except (TypeError, ValueError):
-            raise ValueError(
-                f'`moe_layers_enum` must list layer indices, such as "4,5,6", got {self.moe_layers_enum!r}.'
-            ) from None
-        if moe_layers and not 0 <= moe_layers[0] <= moe_layers[-1] < self.num_hidden_layers:
+        if set(self.moe_layers) - set(range(self.num_hidden_layers)):
             raise ValueError(
                 f"`moe_layers_enum` must list layers between 0 and {self.num_hidden_layers - 1}, got "
                 f"{self.moe_layers_enum!r}."
             )
-
-    def validate_rope(self):
-        """Checks the rotary embedding's type, its numbers and its required parameters."""
-        rope_type = self.rope_parameters.get("rope_type")
-        known = ["default", *(name for name in ROPE_INIT_FUNCTIONS if name != "default")]
-        if rope_type not in known:
-            raise ValueError(f"`rope_type` must be one of {', '.join(known)}, got {rope_type!r}.")
-        for name in ("rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings"):
-            value = self.rope_parameters.get(name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-            is_unset = name not in self.rope_parameters or (value is None and rope_type == "default")
-            if not is_number and (not is_unset or name == "rope_theta"):
-                raise ValueError(f"`{name}` of the rotary embedding must be a number above 0, got {value!r}.")
-        try:
-            super().validate_rope()
-        except KeyError as error:  # raised by transformers for a missing key
-            raise ValueError(error.args[0]) from None
 
     def to_dict(self) -> dict:
         """Adds `rope_theta` and `rope_scaling`, which engines read from the released config."""
@@ -444,70 +364,35 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     understand_projector_stride: int = size(default=2)
     projector_bias: bool = False
     image_token_id: int = 128001
-    tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        of_text = {key: kwargs.pop(key) for key in ("vocab_size", "num_hidden_layers") if key in kwargs}
-        if of_text and not isinstance(self.text_config, PreTrainedConfig):  # a config object takes precedence
-            self.text_config = {**of_text, **(self.text_config or {})}
-        for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
-            value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                value = dict(value or {})
-                if name == "text_config" and self.tie_word_embeddings:
-                    value["tie_word_embeddings"] = True
-                setattr(self, name, config_class(**value))
-            elif not isinstance(value, PreTrainedConfig):
-                raise ValueError(
-                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(value).__name__}."
-                )
-        if self.__dict__["tie_word_embeddings"]:
+        of_text = {name: kwargs.pop(name) for name in ("vocab_size", "num_hidden_layers") if name in kwargs}
+        is_tied = kwargs.pop("tie_word_embeddings", False)
+        if not isinstance(self.text_config, PreTrainedConfig):  # a config object takes precedence
+            self.text_config = Step3TextConfig(**{**of_text, **(self.text_config or {})})
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            self.vision_config = Step3VisionEncoderConfig(**(self.vision_config or {}))
+        if is_tied:
             self.text_config.tie_word_embeddings = True
+        # vLLM needs them to build the text decoder.
+        self.text_config.architectures = self.text_config.architectures or ["Step3TextForCausalLM"]
         super().__post_init__(**kwargs)
-        self._name_architecture(self.text_config.__dict__)
 
-    # PEFT reads `vocab_size` from the whole model's config, early-exit generation `num_hidden_layers`.
-    vocab_size, num_hidden_layers = (
+    # Trainers, PEFT and early-exit generation read these of the text decoder from the whole model's config.
+    tie_word_embeddings, vocab_size, num_hidden_layers = (
         property(
             lambda self, name=name: getattr(self.text_config, name),
             lambda self, value, name=name: setattr(self.text_config, name, value),
         )
-        for name in ("vocab_size", "num_hidden_layers")
+        for name in ("tie_word_embeddings", "vocab_size", "num_hidden_layers")
     )
 
-    @staticmethod
-    def _name_architecture(text_config: dict) -> None:
-        """Sets `architectures` if missing; vLLM needs it to build the text decoder of a whole model."""
-        text_config["architectures"] = text_config.get("architectures") or ["Step3TextForCausalLM"]
-
-    def __setattr__(self, key, value):
-        is_set_anew = key == "tie_word_embeddings" and key in self.__dict__
-        super().__setattr__(key, value)
-        if is_set_anew:
-            self.text_config.tie_word_embeddings = value
-
-    def __getattribute__(self, key):
-        if key == "tie_word_embeddings":
-            text_config = self.__dict__.get("text_config")
-            if isinstance(text_config, PreTrainedConfig):
-                return text_config.tie_word_embeddings
-        return super().__getattribute__(key)
-
     def to_dict(self) -> dict:
-        """Fills in `tie_word_embeddings`, as the text decoder has it, and the text decoder's `architectures`."""
-        output = super().to_dict()
-        output["tie_word_embeddings"] = self.tie_word_embeddings
-        self._name_architecture(output["text_config"])
-        return output
+        """Adds `tie_word_embeddings`, as the text decoder has it."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def validate_architecture(self):
-        """Checks the types of both sub-configs, and `image_token_id`."""
-        for name, config_class in (("vision_config", Step3VisionEncoderConfig), ("text_config", Step3TextConfig)):
-            part = getattr(self, name)
-            if part.model_type != config_class.model_type:
-                raise ValueError(
-                    f"`{name}` must be a dictionary or a {config_class.__name__}, got {type(part).__name__}."
-                )
+        """Checks `image_token_id`."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "

@@ -3,35 +3,31 @@
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
 from copy import deepcopy
 
 import torch
-import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_step3 import Step3TextConfig, Step3VLConfig, cache_name
+from .configuration_step3 import Step3TextConfig, Step3VLConfig
 
 
 logger = logging.get_logger(__name__)
 
-CACHE_NAME = cache_name()
+# The name of the cache in `generate`, masks and outputs: `cache` since transformers 5.24, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 
 
-def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping | None = None) -> Cache | None:
+def one_cache(cache: Cache | None, past_key_values: Cache | None, others: dict | None = None) -> Cache | None:
     """
-    Returns the cache, given as `cache` or by its older name `past_key_values`.
-
-    Raises:
-        `ValueError`: if both are given.
-        `TypeError`: if `others`, the arguments that the model ignores, contain a cache under a third name.
+    Returns the cache, given as `cache` or by its older name `past_key_values`. Raises a `ValueError` if both are given,
+    and a `TypeError` if `others`, the arguments that the model ignores, contain a cache under a third name.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
@@ -41,12 +37,6 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mappin
     if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
         warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
-
-
-@functools.cache
-def parameters_of(function: Callable) -> set[str]:
-    """Names of a function's parameters."""
-    return set(inspect.signature(function).parameters)
 
 
 class BoundedLayer(DynamicLayer):
@@ -89,14 +79,10 @@ class Step3BoundedCache(Cache):
             it, `generate` stops when the cache is full.
 
     Raises:
-        `ValueError`: if `max_length` is below 1, or `keep` is not between 1 and `max_length - 1`.
+        `ValueError`: if tokens do not fit, before any layer changes.
     """
 
     def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int, keep: int | None = None):
-        if max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {max_length}.")
-        if keep is not None and not 0 < keep < max_length:
-            raise ValueError(f"`keep` must lie between 1 and {max_length - 1}, below `max_length`, got {keep}.")
         super().__init__(layers=[BoundedLayer() for _ in range(config.get_text_config().num_hidden_layers)])
         self.max_length, self.keep = max_length, keep
 
@@ -104,27 +90,8 @@ class Step3BoundedCache(Cache):
         """Sequence length, including dropped tokens, at which the cache is full; -1 if it drops tokens itself."""
         return -1 if self.keep is not None else self.layers[layer_idx or 0].num_dropped + self.max_length
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """
-        As in any cache.
-
-        Raises:
-            `ValueError`: if the layer does not exist or has no room for all new tokens.
-        """
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"`layer_idx` must lie between 0 and {len(self.layers) - 1}, got {layer_idx}.")
-        held, new = self.layers[layer_idx].num_held, key_states.shape[-2]
-        if held + new > self.max_length:
-            raise ValueError(f"{held} held and {new} new tokens are more than the cache's {self.max_length}.")
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
     def reclaim(self, num_tokens: int) -> None:
-        """
-        Drops all but the newest `num_tokens` tokens and frees their memory.
-
-        Raises:
-            `ValueError`: if `num_tokens` is below 1.
-        """
+        """Drops all but the newest `num_tokens` tokens, at least 1, and frees their memory."""
         if num_tokens < 1:
             raise ValueError(f"At least 1 token must be kept, got {num_tokens}.")
         for layer in self.layers:
@@ -134,30 +101,17 @@ class Step3BoundedCache(Cache):
                 layer.num_dropped += num_dropped
 
     def make_room(self, num_tokens: int) -> None:
-        """Drops the oldest tokens if `keep` is set and `num_tokens` new ones, fewer than `max_length`, do not fit."""
+        """Drops the oldest tokens if `keep` is set and `num_tokens` new ones do not fit."""
         room = self.max_length - num_tokens
-        if self.keep is not None and 0 < room < self.layers[0].num_held:
+        if self.keep is not None and room < self.layers[0].num_held:
+            if room < 1:
+                raise ValueError(f"{num_tokens} new tokens do not fit in a cache of {self.max_length}: give fewer.")
             self.reclaim(min(self.keep, room))
 
 
 def max_length_of(cache: Cache | None) -> int:
     """Maximum length of a cache, or -1 if it is unlimited."""
     return cache.get_max_length() if isinstance(cache, Cache) and cache.layers else -1
-
-
-class SuppressImageTokens(LogitsProcessor):
-    """
-    Sets the score of the image token to -inf. transformers' own processor would replace the request's
-    `suppress_tokens`, and needs a device, which is `meta` if the model's first weight is offloaded.
-    """
-
-    def __init__(self, image_token_id: int):
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()
-        scores[:, self.image_token_id] = -torch.inf
-        return scores
 
 
 class CheckFinite(LogitsProcessor):
@@ -195,8 +149,6 @@ class Step3GenerationMixin(GenerationMixin):
     embeddings, which `generate` then repeats and slices like token ids.
     """
 
-    _picture_inputs = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
-
     @torch.no_grad()
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """
@@ -208,23 +160,28 @@ class Step3GenerationMixin(GenerationMixin):
             `RuntimeError`: if the logits are not finite.
         """
         cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        settings = generation_config or self.generation_config
-        check_finite = CheckFinite(self, bool(kwargs.get("sequence_bias", settings.sequence_bias)))
+        generation_config = deepcopy(generation_config or self.generation_config)
+        generation_config.update(**self.generation_config.to_dict(), defaults_only=True)
+        kwargs = generation_config.update(**kwargs)
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        prompt = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+        check_finite = CheckFinite(self, bool(generation_config.sequence_bias))
         # An assistant also gets its main model's processors.
         processors = [processor for processor in logits_processor or [] if not isinstance(processor, CheckFinite)]
         if "image" in self.input_modalities:
-            input_ids = kwargs.get("input_ids") if inputs is None else inputs
-            pictures = {name: kwargs.pop(name, None) for name in self._picture_inputs}
+            names = ("pixel_values", "patch_pixel_values", "num_patches", "image_embeds", "mm_encoder_outputs")
+            pictures = {name: kwargs.pop(name, None) for name in names}
             kwargs |= self.embed_pictures(pictures, input_ids, cache, kwargs)
-            processors.append(SuppressImageTokens(self.config.image_token_id))
-        if not getattr(settings, "is_assistant", False):  # the main model limits and checks its proposals
-            generation_config, kwargs = self.bound_length(inputs, generation_config, cache, kwargs)
+            suppressed = generation_config.suppress_tokens or []
+            generation_config.suppress_tokens = [*suppressed, self.config.image_token_id]
+        if not getattr(generation_config, "is_assistant", False):  # the main model limits and checks its proposals
+            if isinstance(prompt, torch.Tensor) and prompt.ndim > 1:
+                self.bound_length(prompt, generation_config, cache, kwargs)
             processors.insert(0, check_finite)  # before the caller's processors
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        implementation = kwargs.get("cache_implementation", settings.cache_implementation)
-        if getattr(cache, "offloading", False) or implementation == "offloaded_static":
-            kwargs["disable_compile"] = True  # a compiled step that copies keys to the CPU crashes
+        if getattr(cache, "offloading", False) or generation_config.cache_implementation == "offloaded_static":
+            generation_config.disable_compile = True  # a compiled step that copies keys to the CPU crashes
         output = super().generate(inputs, generation_config, LogitsProcessorList(processors), *args, **kwargs)
         check_finite.check()
         return output
@@ -236,11 +193,8 @@ class Step3GenerationMixin(GenerationMixin):
         Encodes images and returns the arguments of `generate` that replace them; none without images. These are
         `prompt_embeds` (batch, tokens so far, hidden_size), the prompt's embeddings with image features inserted, and,
         if there is an assistant, `assistant_prompt_embeds`, for which it encodes the images itself. If the prompt was
-        given as `inputs_embeds`, only that is returned.
-
-        Raises:
-            `ValueError`: if the image features match neither all image tokens nor those that are not cached, if there
-            are images without a prompt, or if an assistant does not take images.
+        given as `inputs_embeds`, only that is returned. The features may be those of all image tokens, or of those that
+        are not cached.
         """
         if "prompt_embeds" in arguments:  # an assistant, or a model that assists itself
             return {"prompt_embeds": arguments.get("assistant_prompt_embeds", arguments["prompt_embeds"])}
@@ -274,21 +228,15 @@ class Step3GenerationMixin(GenerationMixin):
         prompt = {"prompt_embeds": nn.functional.pad(embeds, (0, 0, before, 0))}
         if (assistant := arguments.get("assistant_model")) is not None:
             if "image" not in getattr(assistant, "input_modalities", ()):
-                raise ValueError("`assistant_model` must see pictures, too, if the prompt has any.")
+                raise ValueError("The prompt has pictures: choose an `assistant_model` that takes pictures, too.")
             own = assistant.embed_pictures(pictures, input_ids, cache, {"attention_mask": attention_mask})
             prompt["assistant_prompt_embeds"] = own["prompt_embeds"]
         return prompt
 
-    def bound_length(self, inputs, generation_config, cache: Cache | None, kwargs: dict) -> tuple:
+    def bound_length(self, prompt: torch.Tensor, generation_config, cache: Cache | None, kwargs: dict) -> None:
         """Limits new tokens to the positions and cache that are left; raises a `ValueError` if none are."""
-        settings = generation_config or self.generation_config
-        candidates = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        prompt = next((given for given in candidates if given is not None), None)
-        mask = kwargs.get("attention_mask")
-        if not isinstance(prompt, torch.Tensor) or prompt.ndim < 2:
-            return generation_config, kwargs
-        pad = kwargs.get("pad_token_id", settings.pad_token_id)
-        if mask is None and prompt.ndim == 2 and isinstance(pad, int) and pad != settings.eos_token_id:
+        mask, pad = kwargs.get("attention_mask"), generation_config.pad_token_id
+        if mask is None and prompt.ndim == 2 and isinstance(pad, int) and pad != generation_config.eos_token_id:
             mask = prompt != pad  # as transformers does
         length = num_positions = prompt.shape[1]
         if isinstance(mask, torch.Tensor) and mask.ndim == 2:  # may include earlier tokens and padding
@@ -298,25 +246,17 @@ class Step3GenerationMixin(GenerationMixin):
         rooms = [(limit - num_positions, f"the model's {limit} positions") for limit in limits if limit is not None]
         if (limit := max_length_of(cache)) > 0:
             # The last token is not cached, but all tokens that prompt lookup proposes are.
-            proposed = kwargs.get("prompt_lookup_num_tokens", settings.prompt_lookup_num_tokens) or 1
+            proposed = generation_config.prompt_lookup_num_tokens or 1
             rooms.append((limit - length + 2 - proposed, f"the cache's {limit} tokens"))
-        room, owner = min(rooms, default=(None, None))
-        name, wanted = "max_new_tokens", kwargs.get("max_new_tokens", settings.max_new_tokens)
-        if wanted is None:
-            # transformers generates 20 tokens by default.
-            max_length = kwargs.get("max_length", settings.max_length)
-            name, wanted = "max_length", (max_length or prompt.shape[1] + 20) - prompt.shape[1]
-        if room is None or wanted <= room:
-            return generation_config, kwargs
-        if room < 1:
+        wanted, max_length = generation_config.max_new_tokens, generation_config.max_length
+        if wanted is None:  # transformers generates 20 tokens by default
+            wanted = 20 if max_length is None else max_length - prompt.shape[1]
+        room, owner = min(rooms, default=(wanted, None))
+        if room < min(wanted, 1):
             raise ValueError(f"The prompt has {num_positions} tokens, which leaves none of {owner} for an answer.")
-        logger.warning_once(f"No more than {room} tokens are generated, not {wanted}, as {owner} end there.")
-        bound = room + (prompt.shape[1] if name == "max_length" else 0)
-        if generation_config is None:
-            return None, {**kwargs, name: bound}
-        generation_config = deepcopy(generation_config)
-        setattr(generation_config, name, bound)
-        return generation_config, {key: value for key, value in kwargs.items() if key != name}
+        if room < wanted:
+            logger.warning_once(f"No more than {room} tokens are generated, not {wanted}, as {owner} end there.")
+            generation_config.max_new_tokens, generation_config.max_length = room, None
 
     def prepare_inputs_for_generation(
         self,
@@ -332,36 +272,12 @@ class Step3GenerationMixin(GenerationMixin):
         **kwargs,
     ) -> dict:
         """
-        As for any model, but takes the prompt's tokens from `prompt_embeds` if given. Outside `generate`, images are
-        passed on in the first iteration only, unless `use_cache` is false.
-
-        Raises:
-            `TypeError`: if this transformers release uses argument names that the model does not know.
+        As for any model, but takes the prompt's tokens from `prompt_embeds` if given. Base class arguments are passed
+        by position, because the cache's name differs between releases.
         """
         cache = one_cache(cache, past_key_values, kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs = {name: value for name, value in kwargs.items() if name not in self._picture_inputs}
-        arguments = {
-            "next_sequence_length": next_sequence_length,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "is_first_iteration": is_first_iteration,
-            CACHE_NAME: cache,
-        }
-        if unknown := arguments.keys() - parameters_of(GenerationMixin.prepare_inputs_for_generation):
-            raise TypeError(
-                f"transformers {transformers.__version__} has other names for what `generate` passes on as "
-                f"{', '.join(sorted(unknown))}: use a release that this model was tested with."
-            )
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **arguments, **kwargs)
-        unknown = {name for name, value in model_inputs.items() if isinstance(value, torch.Tensor | Cache)}
-        unknown -= parameters_of(type(self).forward)
-        missing = {"attention_mask", "position_ids"} - model_inputs.keys()
-        if unknown and missing:
-            raise TypeError(
-                f"transformers {transformers.__version__} passes {', '.join(sorted(unknown))} to a model that has no "
-                f"such argument, and not {', '.join(sorted(missing))}: use a release that it was tested with."
-            )
+        arguments = (next_sequence_length, cache, attention_mask, inputs_embeds, is_first_iteration)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
         limit, positions = self.config.get_text_config().longest_sequence, model_inputs.get("position_ids")
         if limit is not None and positions is not None and positions.shape[1] > 1:
             # Prompt lookup may propose tokens beyond the last position; they are cut off the answer.

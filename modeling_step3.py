@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN, QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
     MoeModelOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.processing_utils import Unpack
@@ -40,13 +41,7 @@ from transformers.utils.import_utils import is_torch_distributed_available
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .checkpoint_step3 import Step3Checkpoint
-from .configuration_step3 import (
-    Step3TextConfig,
-    Step3VisionEncoderConfig,
-    Step3VLConfig,
-    gathers_uneven_outputs,
-    set_on_package,
-)
+from .configuration_step3 import Step3TextConfig, Step3VisionEncoderConfig, Step3VLConfig, set_on_package
 from .experts_step3 import LinearExperts, MappedExperts
 from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixin, max_length_of, one_cache
 
@@ -141,62 +136,45 @@ def apply_head(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
     return apply_linear(layer, states)
 
 
-class FusedWeight:
-    """The weights of linear layers, concatenated to one of shape (all outputs, inputs). The layers' own weights become
-    views of it, so they can be read, saved, loaded and trained as before. Copies of a model are not fused."""
-
-    @torch.no_grad()
-    def __init__(self, layers: list[nn.Linear]):
-        self.sizes = [layer.out_features for layer in layers]
-        self.parts = [layer.weight for layer in layers]
-        self.weight = torch.cat(self.parts)
-        for part, rows in zip(self.parts, self.weight.split(self.sizes), strict=True):
-            part.data = rows
-
-    def is_current(self, layers: list[nn.Module]) -> bool:
-        """Whether the layers still have the fused weights and need not be called."""
-        if any(obstacle_of(x) or x.weight is not part for x, part in zip(layers, self.parts, strict=True)):
-            return False
-        return torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.weight.data_ptr()
-
-    def __deepcopy__(self, memo) -> None:
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
-
-
 class Fusible(nn.Module):
-    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one."""
+    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one. Their weights are
+    concatenated to `fused` (all outputs, inputs) and become views of it, so they can be read, saved, loaded and trained
+    as before. Copies of a model are not fused."""
 
-    fused: FusedWeight | None = None
     fusible: tuple[str, ...] = ()
+    fused: torch.Tensor | None = None
+    parts: list[nn.Parameter] | None = None
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs of the layers named in `fusible`. With gradients enabled, each layer is computed separately."""
+        """Outputs of the layers named in `fusible`; each is computed by itself if gradients are enabled, or if a layer
+        has other weights by now or must be called."""
         layers = [getattr(self, name) for name in self.fusible]
-        if self.fused is None or torch.is_grad_enabled() or not self.fused.is_current(layers):
-            return tuple(apply_linear(layer, states) for layer in layers)
-        return multiply(self.fused.weight, states).split(self.fused.sizes, dim=-1)
-
-    def fuse_layers(self) -> None:
-        self.fused = FusedWeight([getattr(self, name) for name in self.fusible])
-
-    @torch.no_grad()
-    def unfuse_layers(self) -> None:
-        for part in self.fused.parts:
-            part.data = part.data.clone()
-        self.fused = None
+        is_fused = self.fused is not None and not torch.is_grad_enabled()
+        pairs = zip(layers, self.parts or (), strict=False)
+        is_fused = is_fused and all(not obstacle_of(x) and x.weight is part for x, part in pairs)
+        if is_fused and (torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.fused.data_ptr()):
+            return multiply(self.fused, states).split([part.shape[0] for part in self.parts], dim=-1)
+        return tuple(apply_linear(layer, states) for layer in layers)
 
     def obstacle(self) -> str | None:
         """Why the layers cannot be fused, or `None` if they can."""
-        layers = {name: getattr(self, name) for name in self.fusible}
-        for name, layer in layers.items():
-            if (obstacle := obstacle_of(layer)) is not None:
-                return f"`{name}` {obstacle}"
-        if len({(layer.weight.dtype, layer.weight.device) for layer in layers.values()}) > 1:
-            return "the weights have several types or devices"
-        return None
+        layers = ((name, getattr(self, name)) for name in self.fusible)
+        return next((f"`{name}` {why}" for name, layer in layers if (why := obstacle_of(layer))), None)
+
+    @torch.no_grad()
+    def fuse_layers(self) -> None:
+        self.parts = [getattr(self, name).weight for name in self.fusible]
+        self.fused = torch.cat(self.parts)
+        for part, rows in zip(self.parts, self.fused.split([len(part) for part in self.parts]), strict=True):
+            part.data = rows
+
+    def unfuse_layers(self) -> None:
+        for part in self.parts:
+            part.data = part.data.clone()
+        self.fused = self.parts = None
+
+    def __getstate__(self) -> dict:  # for copies
+        return {**self.__dict__, "fused": None, "parts": None}
 
     def _apply(self, fn, recurse=True):  # called by `to`, `half` and others
         super()._apply(fn, recurse)
@@ -207,25 +185,15 @@ class Fusible(nn.Module):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """
-    A faster way to compute modules of a loaded model, which `register_rewrite` adds to [`~Rewritable.fuse`].
-
-    Args:
-        name (`str`): Name to pass to `fuse`.
-        match (`Callable[[nn.Module], bool]`): Whether the rewrite is for a module.
-        obstacle (`Callable[[nn.Module], str | None]`): Why a matching module cannot be rewritten, or `None`.
-        apply, undo (`Callable[[nn.Module], None]`): Rewrite the module in place, or undo that.
-        is_applied (`Callable[[nn.Module], bool]`): Whether the module is rewritten.
-        benefit (`float`, defaults to 1.0): Rewrites with a higher benefit are applied first.
-    """
+    """A faster way to compute modules of a loaded model. `register_rewrite` adds it to [`~Rewritable.fuse`]."""
 
     name: str
-    match: Callable[[nn.Module], bool]
-    obstacle: Callable[[nn.Module], str | None]
-    apply: Callable[[nn.Module], None]
+    match: Callable[[nn.Module], bool]  # whether it is for a module
+    obstacle: Callable[[nn.Module], str | None]  # why a matching module cannot be rewritten, or `None`
+    apply: Callable[[nn.Module], None]  # rewrites a module in place
     undo: Callable[[nn.Module], None]
     is_applied: Callable[[nn.Module], bool]
-    benefit: float = 1.0
+    benefit: float = 1.0  # the highest is applied first
 
 
 REWRITES: dict[str, Rewrite] = {}
@@ -239,24 +207,16 @@ class Rewritable:
     """Mixin of the models: rewrites the modules of a loaded model."""
 
     def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
-        """Each rewrite, a matching module's name and the module, for every match, highest benefit first."""
+        """Each rewrite with the names of the modules that it matches, and these, highest benefit first."""
         rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
         return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
 
     def fuse(self, *names: str) -> None:
         """
-        Rewrites the loaded model in place until nothing is left to rewrite. `"step3_qkv"` computes the projections to
-        low-rank queries, keys and values as one, `"step3_gate_up"` the gate and up projections of each MLP; both only
-        without gradients. Outputs are equal up to rounding; parameters and saved checkpoints stay the same.
-
-        Raises:
-            `ValueError`: if a name is unknown or matches nothing, or a module is quantised, offloaded, split over ranks
-            or has hooks. The model is then left unchanged.
+        Rewrites the loaded model in place, by the named rewrites or all, until nothing is left to rewrite. Outputs are
+        equal up to rounding; parameters and saved checkpoints stay the same. Raises a `ValueError`, with the model
+        unchanged, if a module is quantised, offloaded, split over ranks or has hooks.
         """
-        if not names or set(names) - REWRITES.keys():
-            raise ValueError(f"`fuse` takes some of {', '.join(REWRITES)}, got {names}.")
-        if unused := set(names) - {rewrite.name for rewrite, _, _ in self.find_rewrites(names)}:
-            raise ValueError(f"Nothing in this {type(self).__name__} is rewritten by {', '.join(sorted(unused))}.")
         done = []
         while rest := [(r, name, x) for r, name, x in self.find_rewrites(names) if not r.is_applied(x)]:
             for rewrite, name, module in rest:
@@ -266,7 +226,6 @@ class Rewritable:
                     raise ValueError(f"`{rewrite.name}` cannot be applied to {name}: {obstacle}.")
                 rewrite.apply(module)
                 done.append((rewrite, module))
-                logger.info(f"{rewrite.name}: {name} is rewritten.")
 
     def unfuse(self) -> None:
         """Undoes every rewrite, lowest benefit first."""
@@ -275,8 +234,7 @@ class Rewritable:
                 rewrite.undo(module)
 
     def fusion_report(self) -> list[dict[str, str | bool]]:
-        """One row for each module that a rewrite matches: the `fusion`, the name and `class` of the `module`, and
-        whether it is `rewritten`."""
+        """One row for each module that a rewrite matches."""
         return [
             {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
             for r, name, x in self.find_rewrites()
@@ -771,7 +729,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            check_input_ids(self.config, input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         check_inputs(self.config, inputs_embeds, attention_mask, position_ids, cache)
         if isinstance(cache, Step3BoundedCache):
@@ -898,20 +855,15 @@ class Step3VisionAttention(nn.Module):
         return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
-class Step3VisionMLP(nn.Module):
+class Step3VisionMLP(CLIPMLP):
     """MLP of an encoder layer. QuickGELU, x * sigmoid(1.702 x), is silu(1.702 x) / 1.702, of which the products compute
     the factors: one pass over the wide states instead of three."""
 
-    def __init__(self, config: Step3VisionEncoderConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if not isinstance(self.act_fn, QuickGELUActivation) or obstacle_of(fc1, True) or obstacle_of(fc2, True):
-            return fc2(self.act_fn(fc1(hidden_states)))
+        is_quick = isinstance(self.activation_fn, QuickGELUActivation)
+        if not is_quick or obstacle_of(fc1, True) or obstacle_of(fc2, True):
+            return super().forward(hidden_states)
         states = torch.addmm(1.702 * fc1.bias, hidden_states.flatten(0, -2), fc1.weight.T, alpha=1.702)
         states = torch.addmm(fc2.bias, nn.functional.silu(states), fc2.weight.T, alpha=1 / 1.702)
         return states.view(hidden_states.shape)
@@ -984,16 +936,11 @@ class Step3VisionModel(Step3VLPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class WithPictures(ModelOutput):
-    """Base of the outputs with images: `to_tuple` also converts the encoder's output to a tuple."""
-
-    def to_tuple(self) -> tuple:
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
-
-
 @dataclass
-class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
+class WithPictures(ModelOutput):
     """
+    Base of the outputs with images. `to_tuple` also converts the encoder's output to a tuple.
+
     Args:
         image_hidden_states (`torch.Tensor` of shape `(rows, hidden_size)`, *optional*):
             Features of all images, concatenated, which replaced the embeddings of the image tokens.
@@ -1004,13 +951,18 @@ class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
     image_hidden_states: torch.Tensor | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
 
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
+
+
+@dataclass
+class Step3VLModelOutputWithPast(WithPictures, MoeModelOutputWithPast):
+    pass
+
 
 @dataclass
 class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
-    """Has the image fields of [`Step3VLModelOutputWithPast`]."""
-
-    image_hidden_states: torch.Tensor | None = None
-    image_outputs: BaseModelOutputWithPooling | None = None
+    pass
 
 
 class Step3VLModel(Step3VLPreTrainedModel):
@@ -1036,23 +988,15 @@ class Step3VLModel(Step3VLPreTrainedModel):
         self.post_init()
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size).
-        Raises a `ValueError` unless the rows form a square of at least 2 × 2."""
+        """Downsamples encoder rows (images, grid², channels) to image features (images, image tokens, hidden_size)."""
         grid_size = math.isqrt(hidden_states.shape[1])
-        if grid_size**2 != hidden_states.shape[1] or grid_size < 2:
-            raise ValueError(
-                "The encoder's rows must make up a square of at least 2 x 2, got the shape "
-                f"{tuple(hidden_states.shape)}."
-            )
         feature_map = hidden_states.transpose(1, 2).unflatten(2, (grid_size, grid_size))
         feature_map = self.vit_downsampler2(self.vit_downsampler(feature_map))
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
 
-    def encode(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, BaseModelOutput]:
-        """Encodes images of one size, as many at a time as `max_encoder_bytes` allows. Returns their features (images,
-        image tokens, hidden_size) and the encoder's output."""
+    def encode(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
+        """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows. Their
+        features are its `pooler_output` (images, image tokens, hidden_size)."""
         vision_config = self.config.vision_config
         check_pictures(vision_config, pixel_values)
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
@@ -1060,13 +1004,16 @@ class Step3VLModel(Step3VLPreTrainedModel):
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
         parts = pixel_values.split(max(max_bytes // num_bytes, 1))
         outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
-        output = outputs[0]
-        if len(outputs) > 1:
-            merged = {name: [output[name] for output in outputs] for name in output}
-            last = {"last_hidden_state": torch.cat(merged.pop("last_hidden_state"))}
-            rest = {name: tuple(map(torch.cat, zip(*values, strict=True))) for name, values in merged.items()}
-            output = BaseModelOutput(**last, **rest)
-        return self.project(output.last_hidden_state), output
+
+        def merge(values: list):
+            if len(values) == 1:
+                return values[0]
+            is_tensor = isinstance(values[0], torch.Tensor)
+            return torch.cat(values) if is_tensor else tuple(map(torch.cat, zip(*values, strict=True)))
+
+        output = BaseModelOutputWithPooling(**{name: merge([x[name] for x in outputs]) for name in outputs[0]})
+        output.pooler_output = self.project(output.last_hidden_state)
+        return output
 
     @can_return_tuple
     def get_image_features(
@@ -1092,11 +1039,11 @@ class Step3VLModel(Step3VLPreTrainedModel):
         Raises:
             `ValueError`: if an image's shape does not fit, or `num_patches` does not match the images and patches.
         """
-        image_features, vision_outputs = self.encode(pixel_values, **kwargs)
-        num_images, num_tokens, _ = image_features.shape
+        output = self.encode(pixel_values, **kwargs)
+        num_images, num_tokens, _ = output.pooler_output.shape
         patches_given = 0 if patch_pixel_values is None else patch_pixel_values.shape[0]
         num_patches = [0] * num_images if num_patches is None else num_patches
-        num_patches = torch.as_tensor(num_patches, device=image_features.device)
+        num_patches = torch.as_tensor(num_patches, device=output.pooler_output.device)
         torch_compilable_check(
             (num_patches.sum() == patches_given) & (num_patches >= 0).all() & (num_patches.shape == (num_images,)),
             lambda: (
@@ -1104,9 +1051,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
                 f"must add up to the {patches_given} patches of `patch_pixel_values`, got {num_patches.tolist()}."
             ),
         )
-        features, rows = image_features.flatten(0, 1), num_tokens
+        features, rows = output.pooler_output.flatten(0, 1), num_tokens
         if patches_given:
-            patch_features, _ = self.encode(patch_pixel_values)
+            patch_features = self.encode(patch_pixel_values).pooler_output
             # Each picture's patches precede its global view. Sort on the device, for any counts.
             images = torch.arange(num_images, device=num_patches.device)
             image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
@@ -1118,15 +1065,10 @@ class Step3VLModel(Step3VLPreTrainedModel):
             features = features[torch.cat(places).argsort(stable=True)]
             rows = num_patches * patch_features.shape[1] + num_tokens
         if torch.compiler.is_compiling():  # the number of rows per picture is unknown
-            features = (features,)
+            output.pooler_output = (features,)
         else:
-            features = features.split(rows if isinstance(rows, int) else rows.tolist())
-        return BaseModelOutputWithPooling(
-            last_hidden_state=vision_outputs.last_hidden_state,
-            pooler_output=features,
-            hidden_states=vision_outputs.hidden_states,
-            attentions=vision_outputs.attentions,
-        )
+            output.pooler_output = features.split(rows if isinstance(rows, int) else rows.tolist())
+        return output
 
     def collect_features(
         self,
@@ -1137,30 +1079,20 @@ class Step3VLModel(Step3VLPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, BaseModelOutputWithPooling | None]:
-        """Features (rows, hidden_size) of all images, and `get_image_features`' output for them. Raises a `ValueError`
-        if images come in several forms or do not fit, a `TypeError` if `image_embeds` are not tensors."""
+        """Features (rows, hidden_size) of all images, and `get_image_features`' output for them; `None` without images.
+        Raises a `ValueError` if images come in several forms or do not fit."""
         encoded = (mm_encoder_outputs or {}).get("image")
-        if mm_encoder_outputs and "image" not in mm_encoder_outputs:
-            raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
         if sum(source is not None for source in (pixel_values, image_embeds, encoded)) > 1:
             raise ValueError(
                 "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
             )
-        if pixel_values is None and patch_pixel_values is not None:
-            raise ValueError("`patch_pixel_values` belong to `pixel_values`, which is missing.")
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
         features = image_embeds if encoded is None else encoded.pooler_output
-        if features is None or (isinstance(features, list | tuple) and not features):
+        if features is None or len(features) == 0:
             return None, None
-        width = self.config.text_config.hidden_size
-        features = [features] if isinstance(features, torch.Tensor) else features
-        for part in features if isinstance(features, list | tuple) else [features]:
-            if not isinstance(part, torch.Tensor):
-                raise TypeError(f"`image_embeds` must be a tensor or a flat tuple of them, got {type(part).__name__}.")
-            if part.ndim < 2 or part.shape[-1] != width:
-                raise ValueError(f"`image_embeds` must have the shape (..., rows, {width}), got {tuple(part.shape)}.")
-        return torch.cat([part.reshape(-1, width) for part in features]), encoded
+        parts = [features] if isinstance(features, torch.Tensor) else features
+        return torch.cat([part.reshape(-1, self.config.text_config.hidden_size) for part in parts]), encoded
 
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -1222,9 +1154,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
-            check_input_ids(self.config.text_config, input_ids)
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        check_embeddings(self.config.text_config, inputs_embeds)
 
         recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
         image_features, encoded = self.collect_features(
@@ -1262,46 +1192,19 @@ class Step3LanguageModelHead:
 
     def post_init(self):
         super().post_init()
-        # Few numbers of ranks divide the released vocabulary of 128815. Only an untied head can be replicated; a tied
-        # one is split with the embedding.
-        if not gathers_uneven_outputs() and not self.config.tie_word_embeddings:
+        # transformers before 5.21 gathers logits only if the ranks divide the vocabulary, of 128815 in the release. An
+        # untied head is then replicated; a tied one is split with the embedding.
+        if "validate_param" in vars(ColwiseParallel) and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
     def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept).
-        Booleans select as a mask. Raises a `ValueError` for other types or shapes, or positions out of range."""
-        if positions.is_floating_point() or not 0 < positions.ndim < 3:
-            raise ValueError(
-                "`logits_to_keep` must be a number, or a tensor of whole numbers or booleans of one or two dimensions, "
-                f"got {positions.dtype} of shape {tuple(positions.shape)}."
-            )
+        Booleans select as a mask."""
+        if positions.ndim < 2:
+            return hidden_states[:, positions]
         if positions.dtype == torch.bool:
-            return hidden_states[positions] if positions.ndim == 2 else hidden_states[:, positions]
-        length = hidden_states.shape[1]
-        is_within = (positions >= -length) & (positions < length)
-        check_values(
-            is_within, f"`logits_to_keep` must lie within the {length} tokens", lambda: str(positions.tolist())
-        )
-        if positions.ndim == 2:
-            return torch.take_along_dim(hidden_states, positions[..., None], dim=1)
-        return hidden_states[:, positions]
-
-    def check_router_gradients(self, outputs: MoeModelOutputWithPast) -> None:
-        """Raises a `ValueError` if router logits lack gradients because of reentrant checkpointing."""
-        if any(logits.requires_grad for logits in outputs.router_logits):
-            return
-        layers = [module for module in self.modules() if isinstance(module, Step3TextDecoderLayer)]
-        is_trained = any(layer.moe.gate.weight.requires_grad for layer in layers if layer.is_moe)
-        is_reentrant = any(
-            getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant")
-            for layer in layers
-            if layer.gradient_checkpointing
-        )
-        if is_trained or (is_reentrant and outputs.last_hidden_state.requires_grad):
-            raise ValueError(
-                "The load-balancing loss has no gradient under reentrant checkpointing: turn checkpointing on with "
-                '`{"use_reentrant": False}`.'
-            )
+            return hidden_states[positions]
+        return hidden_states[torch.arange(len(positions), device=positions.device)[:, None], positions]
 
     def head_outputs(
         self,
@@ -1323,14 +1226,9 @@ class Step3LanguageModelHead:
 
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64:
-                raise ValueError(
-                    f"`labels` must be int64 of the shape {tuple(logits.shape[:-1])} of the logits, got {labels.dtype} "
-                    f"of shape {tuple(labels.shape)}."
-                )
-            vocab_size = text_config.vocab_size
-            is_in_range = ((labels >= 0) & (labels < vocab_size)) | (labels == -100)
-            check_values(is_in_range, f"`labels` must be -100 or lie between 0 and {vocab_size - 1}")
+            if labels.shape != logits.shape[:-1]:
+                shapes = tuple(logits.shape[:-1]), tuple(labels.shape)
+                raise ValueError("`labels` must have the shape {} of the logits, got {}.".format(*shapes))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None
@@ -1341,8 +1239,12 @@ class Step3LanguageModelHead:
             aux_loss = load_balancing_loss_func(
                 outputs.router_logits, text_config.moe_num_experts, text_config.moe_top_k, token_mask
             )
-            if text_config.router_aux_loss_coef and self.training and torch.is_grad_enabled():
-                self.check_router_gradients(outputs)
+            has_gradient = any(logits.requires_grad for logits in outputs.router_logits)
+            if text_config.router_aux_loss_coef and outputs.last_hidden_state.requires_grad and not has_gradient:
+                raise ValueError(
+                    "The load-balancing loss has no gradient: turn checkpointing on with "
+                    '`{"use_reentrant": False}`, or set `router_aux_loss_coef` to 0 if no router is trained.'
+                )
             if loss is not None:
                 loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
         return {
@@ -1429,15 +1331,9 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        patch_pixel_values: torch.Tensor | None = None,
-        num_patches: torch.LongTensor | list[int] | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """See [`~Step3VLModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, patch_pixel_values, num_patches, **kwargs)
+        return self.model.get_image_features(*args, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -1504,32 +1400,6 @@ def check_values(condition: torch.Tensor, message: str, got: Callable[[], str] |
         torch_compilable_check(condition.all(), lambda: f"{message}, got {got()}.")
 
 
-def check_range(name: str, values: torch.Tensor, limit: int) -> None:
-    """Checks that `values` (batch, tokens) are at least 0 and below `limit`; does not wait for a single token."""
-    message = f"`{name}` must lie between 0 and {limit - 1}"
-    got = None if values.shape[1] == 1 else lambda: f"{int(values.min())} to {int(values.max())}"
-    check_values((values >= 0) & (values < limit), message, got)
-
-
-def check_input_ids(config: Step3TextConfig, input_ids: torch.Tensor) -> None:
-    """Checks the shape (batch, tokens) and dtype of `input_ids`, and that they are in the vocabulary."""
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or 0 in input_ids.shape:
-        raise ValueError(
-            "`input_ids` must be whole numbers (int64 or int32) of shape (batch, tokens) with at least one token, "
-            f"got {input_ids.dtype} of shape {tuple(input_ids.shape)}."
-        )
-    check_range("input_ids", input_ids, config.vocab_size)
-
-
-def check_embeddings(config: Step3TextConfig, inputs_embeds: torch.Tensor) -> None:
-    """Raises a `ValueError` unless `inputs_embeds` has the shape (batch, tokens, hidden_size)."""
-    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.hidden_size:
-        raise ValueError(
-            f"`inputs_embeds` must have the shape (batch, tokens, {config.hidden_size}) with at least one token, got "
-            f"{tuple(inputs_embeds.shape)}."
-        )
-
-
 def check_inputs(
     config: Step3TextConfig,
     inputs_embeds: torch.Tensor,
@@ -1541,31 +1411,31 @@ def check_inputs(
     Raises a `ValueError`, before the cache changes, if the arguments' shapes do not match each other or the model, or
     tokens exceed the cache or the positions. For a single token, values are checked without waiting.
     """
-    check_embeddings(config, inputs_embeds)
     batch_size, num_new, _ = inputs_embeds.shape
     cached, limits, is_static = 0, [], False
     if isinstance(cache, Cache):  # not continuous batching's, which has no rows or length
         cached, is_static = cache.get_seq_length(), cache.is_compileable
-        limits.append((max_length_of(cache), "the cache's", "the cache is full"))
-        if not torch.compiler.is_compiling():  # comparing lengths would recompile for each one
-            check_cache(config, cache, batch_size)
+        limits.append((max_length_of(cache), "tokens of the cache"))
     if position_ids is None and config.longest_sequence is not None:
-        limits.append((config.longest_sequence, "`max_position_embedding`, scaling counted in,", "no position is left"))
+        limits.append((config.longest_sequence, "positions of the model"))
     total = cached + num_new
-    for limit, owner, reason in limits:
+    for limit, owner in limits:
         if limit < 0:  # unlimited
             continue
         if isinstance(total, torch.Tensor) and (num_new == 1 or torch.compiler.is_compiling()):
             # The limit in the message would cause a recompilation for each length.
-            check_values(total <= limit, f"There is no room for another token: {reason}")
+            check_values(total <= limit, f"There is no room for another token: all {owner} are taken")
         elif total > limit:
-            raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than {owner} {limit}.")
+            raise ValueError(f"{int(cached)} cached and {num_new} new tokens are more than the {limit} {owner}.")
 
     if position_ids is not None:  # positions are limited, not tokens, because rows may be packed
         shape = tuple(position_ids.shape)
         if shape not in ((1, num_new), (batch_size, num_new)):
             raise ValueError(f"`position_ids` must have the tokens' shape, ({batch_size}, {num_new}), got {shape}.")
-        check_range("position_ids", position_ids, config.longest_sequence or torch.iinfo(torch.int32).max)
+        limit = config.longest_sequence or torch.iinfo(torch.int32).max
+        got = None if num_new == 1 else lambda: f"{int(position_ids.min())} to {int(position_ids.max())}"
+        is_within = (position_ids >= 0) & (position_ids < limit)
+        check_values(is_within, f"`position_ids` must lie between 0 and {limit - 1}", got)
 
     mask = attention_mask
     if isinstance(mask, dict):
@@ -1586,31 +1456,14 @@ def check_inputs(
         )
 
 
-def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
-    """Raises a `ValueError` if the cache holds keys of another model or batch size."""
-    filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), torch.Tensor)]
-    filled = [layer for layer in filled if layer.keys.ndim == 4]
-    num_layers, head_dim = config.num_hidden_layers, config.head_dim
-    shapes = {(layer.keys.shape[0], layer.keys.shape[3]) for layer in filled}
-    lengths = {layer.keys.shape[2] for layer in filled}
-    if shapes - {(batch_size, head_dim)} or len(filled) not in (0, num_layers) or len(lengths) > 1:
-        raise ValueError(
-            f"`cache` must be a cache of this model, with {num_layers} layers of keys for a batch of {batch_size} and "
-            f"`head_dim` {head_dim}, got {len(filled)} layers with (batch, head_dim) {sorted(shapes)} and "
-            f"{sorted(lengths)} tokens."
-        )
-
-
 def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor) -> None:
     """Raises a `ValueError` unless the images (images, num_channels, side, side) split into whole patches."""
     shape = tuple(pixel_values.shape)
-    if len(shape) != 4 or shape[1] != config.num_channels or 0 in shape:
+    is_square = len(shape) == 4 and shape[1] == config.num_channels and shape[2] == shape[3]
+    if not is_square or shape[3] % config.patch_size or 0 in shape:
         raise ValueError(
-            f"Pictures must have the shape (images, {config.num_channels}, side, side), of one at least, got {shape}."
-        )
-    if shape[2] != shape[3] or shape[2] % config.patch_size:
-        raise ValueError(
-            f"Pictures must be square with a side that is a multiple of {config.patch_size} pixels, got {shape}."
+            f"Pictures must have the shape (images, {config.num_channels}, side, side), with a side that is a multiple "
+            f"of {config.patch_size} pixels, got {shape}."
         )
 
 

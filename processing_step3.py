@@ -4,7 +4,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import base64
-import copy
 import json
 import math
 import os
@@ -16,15 +15,16 @@ from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
+from huggingface_hub.utils import httpx
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers import AutoTokenizer, image_utils
+from torch import nn
+from transformers import AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import get_size_dict
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
-    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -55,24 +55,9 @@ OVERSHOOT, AMBIGUOUS = 0.1, 3
 # Key in an image's `info`: its 8 bits represent [0, 1], and `do_rescale` is off.
 UNIT_RANGE = "step3_unit_range"
 
-# Errors that PIL's plugins raise for broken files, besides the documented OSError and ValueError.
-BROKEN_FILE = (
-    SyntaxError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-)
-# Errors that PIL raises for invalid metadata.
-UNREADABLE_METADATA = (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, OverflowError, struct.error)
-
-PREMULTIPLIED_MODES = {"La": "LA", "RGBa": "RGBA"}
-
-# Larger than any model's; limits the output for one image to less than a gigabyte.
-MAX_SIDE = 4096
+# Errors that PIL's plugins raise for broken files and metadata, besides the documented OSError and ValueError.
+BROKEN_FILE = (SyntaxError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError)
+BROKEN_FILE += (AssertionError, struct.error)
 
 # The `torch.nn.functional.interpolate` mode of each PIL filter.
 INTERPOLATION_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
@@ -94,32 +79,24 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- endif %}
 {%- endmacro %}
-{%- macro quoted(name) %}
-{%- if name is not string or '"' in name %}
-{{- raise_exception('A tool and its arguments are called by strings without a quotation mark, not ' ~ name ~ '.') }}
-{%- endif %}
-{{- '"' ~ name ~ '"' }}
-{%- endmacro %}
 {%- macro steps(call) %}
 {%- set call = call.function if call.function is defined else call %}
+{{- '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="' ~ call.name ~ '">' }}
 {%- set arguments = call.arguments or {} %}
 {%- if arguments is not mapping %}
 {{- raise_exception('The arguments of a tool call must be a mapping, not ' ~ arguments ~ '.') }}
 {%- endif %}
-{{- '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name=' ~ quoted(call.name) ~ '>' }}
 {%- for key, value in arguments | items %}
 {%- set value = value if value is string else value | tojson %}
 {%- if '</steptml:parameter>' in value %}
 {{- raise_exception('The argument ' ~ key ~ ' of a tool call holds the mark of its own end.') }}
 {%- endif %}
-{{- '<steptml:parameter name=' ~ quoted(key) ~ '>' ~ value ~ '</steptml:parameter>' }}
+{{- '<steptml:parameter name="' ~ key ~ '">' ~ value ~ '</steptml:parameter>' }}
 {%- endfor %}
 {{- '</steptml:invoke><｜tool_call_end｜>' }}
 {%- endmacro %}
 {%- macro answer(message) %}
-{%- if message.function_call %}
-{{- raise_exception('A call belongs in tool_calls; function_call is not known.') }}
-{%- endif %}
+{%- if message.function_call %}{{ raise_exception('Give calls as tool_calls, not as function_call.') }}{% endif %}
 {%- set reasoning = message.reasoning_content or message.reasoning %}
 {%- if reasoning %}{{ '<think>' ~ reasoning ~ '</think>' }}{% endif %}
 {%- if (message.content is defined and message.content is not none) or not (reasoning or message.tool_calls) %}
@@ -181,11 +158,8 @@ RESPONSE_TEMPLATE = {
     },
 }
 # For complete answers, whose reasoning may lack its opening mark; a stream would have to wait for the closing one.
-WHOLE_RESPONSE_TEMPLATE = copy.deepcopy(RESPONSE_TEMPLATE)
-WHOLE_RESPONSE_TEMPLATE["fields"]["reasoning_content"] = {
-    "open_pattern": r"<think>|\A(?=.*?</think>)",
-    "close": "</think>",
-}
+REASONING = {"reasoning_content": {"open_pattern": r"<think>|\A(?=.*?</think>)", "close": "</think>"}}
+WHOLE_RESPONSE_TEMPLATE = {**RESPONSE_TEMPLATE, "fields": {**RESPONSE_TEMPLATE["fields"], **REASONING}}
 
 
 @dataclass(frozen=True)
@@ -232,23 +206,16 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
     the global view has `view_side`² pixels and each patch `patch_side`² pixels.
 
     Raises:
-        `ValueError`: if the image has no pixels, or would be padded to more than twice PIL's `Image.MAX_IMAGE_PIXELS`.
+        `ValueError`: if the image has no pixels.
     """
     if min(width, height) < 1:
         raise ValueError(f"A picture must have at least one pixel a side, got {width} x {height}.")
     if min(width, height) < MIN_SIDE and max(width, height) / min(width, height) > MAX_PADDED_RATIO:
-        side = max(width, height)
-        if Image.MAX_IMAGE_PIXELS is not None and side**2 > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"A picture narrower than {MIN_SIDE} pixels is padded to a square, which must have at most "
-                f"{2 * Image.MAX_IMAGE_PIXELS} pixels (twice PIL's `Image.MAX_IMAGE_PIXELS`), got {width} x {height}."
-            )
-        width = height = side
+        width = height = max(width, height)
     padded_size = (width, height)
 
-    longer = max(width, height)
-    if longer > max_side:
-        scale = max_side / longer
+    if max(padded_size) > max_side:
+        scale = max_side / max(padded_size)
         # After the padding above, a side can only fall below one pixel if `max_side` is tiny.
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     view_size = (width, height)
@@ -273,98 +240,66 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """
-    Loads an image and applies its EXIF orientation, if the metadata can be read.
-
-    Raises:
-        `OSError`: if the image itself cannot be read.
-        `ValueError`: if the image or its file is closed.
-    """
-    if getattr(image, "tile", None) and image.fp is None:
-        raise ValueError("The picture was closed before its pixels were read.")
+    """Loads an image and applies its EXIF orientation, if it can be read. Raises an `OSError` or `ValueError` if the
+    image cannot be."""
     try:
         image.load()
     except BROKEN_FILE as error:
-        raise OSError(f"The picture cannot be read: {error}.") from error
+        raise OSError(f"The picture's file is closed or broken: {error!r}.") from error
     try:
         # Transpose only if needed, because it makes a copy.
         is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         return image if is_upright else ImageOps.exif_transpose(image)
-    except UNREADABLE_METADATA:
+    except (OSError, ValueError, *BROKEN_FILE):
         return image
 
 
 def download(url: str, max_bytes: int) -> BytesIO:
-    """
-    Downloads a file over HTTP.
-
-    Raises:
-        `OSError`: if the file cannot be fetched or has more than `max_bytes`.
-    """
-    httpx = image_utils.httpx  # transformers fetches images with it, too
+    """Downloads a file over HTTP. Raises an `OSError` if it cannot be fetched or has more than `max_bytes`."""
     file = BytesIO()
     try:
         with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
             for chunk in response.raise_for_status().iter_bytes():
-                if file.tell() + len(chunk) > max_bytes:
-                    raise OSError(f"The file at {url[:80]!r} has more than {max_bytes} bytes (`max_download_bytes`).")
                 file.write(chunk)
+                if file.tell() > max_bytes:
+                    raise OSError(f"The file at {url[:80]!r} has more than {max_bytes} bytes (`max_download_bytes`).")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise OSError(f"The picture at {url[:80]!r} cannot be fetched: {error}.") from error
+    file.seek(0)
     return file
 
 
-def is_unit_range(pixels: np.ndarray) -> bool:
-    """
-    Whether floats are in [0, 1] rather than [0, 255]. They may overshoot by a tenth of the range, as after resizing.
-
-    Raises:
-        `ValueError`: if the values fit neither range, or could be in either.
-    """
-    lowest, highest = pixels.min(), pixels.max()
-    if -OVERSHOOT <= lowest and highest <= 1 + OVERSHOOT:
-        return True
-    if -OVERSHOOT * highest <= lowest and AMBIGUOUS <= highest <= 255 * (1 + OVERSHOOT):
-        return False
-    raise ValueError(
-        "Pixel values must lie in [0, 1] or [0, 255] as floats, or in [0, 255] as integers ([0, 65535] as uint16), got "
-        f"{pixels.dtype} values from {lowest} to {highest}. `do_rescale=False` says that floats are from [0, 1]; uint8 "
-        "is never in doubt."
-    )
-
-
-def is_meant_as_unit(pixels: np.ndarray, do_rescale: bool | None) -> bool:
-    """Whether `do_rescale=False` declares these floats to be in [0, 1], and their values allow it."""
-    is_told = do_rescale is False and pixels.dtype.kind == "f" and pixels.size > 0
-    return bool(is_told and -OVERSHOOT <= pixels.min() and pixels.max() < AMBIGUOUS)
-
-
-def to_8_bit(pixels: np.ndarray, is_unit: bool = False) -> np.ndarray:
+def to_8_bit(pixels: np.ndarray, do_rescale: bool | None) -> tuple[np.ndarray, bool]:
     """
     Converts pixel values to `uint8`. Integers up to 255 are kept, `uint16` keeps its upper byte, and booleans become 0
-    or 255. Floats are in [0, 1], if `is_unit` or their values say so, or in [0, 255]; overshoot is clipped.
+    or 255. Floats are in [0, 1] or [0, 255], and may overshoot by a tenth, as after resizing; this is clipped. Also
+    returns whether they are floats that `do_rescale=False` declares to be in [0, 1].
 
     Raises:
-        `ValueError`: if values are far outside these ranges, or are not real numbers.
+        `ValueError`: if values are in neither range, or floats could be in either.
     """
-    if pixels.dtype.kind not in "biuf":
-        raise ValueError(f"Pixel values must be real numbers, got {pixels.dtype}.")
-    if pixels.dtype == np.uint8 or pixels.size == 0:
-        return pixels.astype(np.uint8)
-    if pixels.dtype == np.bool_:
-        return pixels.astype(np.uint8) * 255
-    if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
-        return (pixels >> 8).astype(np.uint8)
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise ValueError("Pixel values must lie in [0, 1] or [0, 255] as floats, got NaN or infinite ones.")
-    if pixels.dtype.kind == "f" and (is_unit or is_unit_range(pixels)):
-        return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8)
-    if pixels.dtype.kind != "f" and not 0 <= pixels.min() <= pixels.max() <= 255:
+    kind = pixels.dtype.kind
+    if pixels.dtype == np.uint8:
+        return pixels, False
+    if kind == "b":
+        return pixels.astype(np.uint8) * 255, False
+    if kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
+        return (pixels >> 8).astype(np.uint8), False
+    lowest, highest = pixels.min(), pixels.max()
+    if kind == "f":
+        is_declared = do_rescale is False
+        if -OVERSHOOT <= lowest and (highest < AMBIGUOUS if is_declared else highest <= 1 + OVERSHOOT):
+            return np.rint(pixels.clip(0, 1) * 255).astype(np.uint8), is_declared
+        fits = -OVERSHOOT * highest <= lowest and AMBIGUOUS <= highest <= 255 * (1 + OVERSHOOT)
+    else:
+        fits = kind in "iu" and 0 <= lowest and highest <= 255
+    if not fits:
         raise ValueError(
-            f"Pixel values must lie in [0, 255] as integers, got {pixels.dtype} values from {pixels.min()} to "
-            f"{pixels.max()}; 16-bit ones are told by the type uint16."
+            "Pixel values must lie in [0, 1] or [0, 255] as floats, in [0, 255] as integers, or in [0, 65535] as "
+            f"uint16, got {pixels.dtype} values from {lowest} to {highest}. `do_rescale=False` says that floats lie in "
+            "[0, 1]."
         )
-    return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+    return np.rint(pixels.clip(0, 255)).astype(np.uint8), False
 
 
 class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
@@ -424,7 +359,6 @@ class Step3VLImageProcessor(PilBackend):
     # Ignores the saved numbers of tokens, which follow from the sizes.
     def __init__(self, *, num_image_tokens=None, num_patch_tokens=None, **kwargs: Unpack[Step3VLImageProcessorKwargs]):
         super().__init__(**kwargs)
-        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
 
     @property
     def num_image_tokens(self) -> int:
@@ -442,34 +376,10 @@ class Step3VLImageProcessor(PilBackend):
         """Number of image tokens for a square image of `side` pixels."""
         return num_image_tokens(side, self.vision_patch_size, self.projector_stride)
 
-    def _validate_preprocess_kwargs(self, size=None, do_resize=None, resample=None, **kwargs):
-        super()._validate_preprocess_kwargs(size=size, do_resize=do_resize, resample=resample, **kwargs)
-        if not do_resize:
-            raise ValueError("`do_resize` must be true: the views of a batch have one size.")
-        if resample not in INTERPOLATION_MODES:
-            raise ValueError(f"`resample` must be bilinear (2) or bicubic (3), got {resample!r}.")
-        if not isinstance(size, SizeDict) or not size.height or size.height < 1 or size.height != size.width:
-            raise ValueError(f"`size` must be a square, as positive `height` and `width`, got {size}.")
-        for name in ("patch_size", "max_image_size", "vision_patch_size", "projector_stride"):
-            if not isinstance(kwargs[name], int) or kwargs[name] < 1:
-                raise ValueError(f"`{name}` must be a positive number, got {kwargs[name]!r}.")
-        for name, side in (("size", size.height), ("patch_size", kwargs["patch_size"])):
-            if side > MAX_SIDE:
-                raise ValueError(f"`{name}` must be at most {MAX_SIDE} pixels a side, got {side}.")
-        for name, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
-            values = kwargs.get(name)
-            if kwargs.get("do_normalize") and not all(lowest < value < math.inf for value in np.ravel(values)):
-                raise ValueError(f"`{name}` must be finite numbers{' above 0' * (lowest == 0)}, got {values!r}.")
-
-    def preprocess(self, images: ImageInput, *args, **kwargs) -> BatchFeature:
-        size = kwargs.get("size")
-        if isinstance(size, (list, tuple)) and len(size) != 2:
-            raise ValueError(f"`size` must have a height and a width, got {size!r}.")
-        if isinstance(images, (list, tuple)) and not any(
-            not isinstance(entry, (list, tuple)) or len(entry) for entry in images
-        ):
-            raise ValueError("`images` must hold one picture at least.")
-        return super().preprocess(images, *args, **kwargs)
+    def _validate_preprocess_kwargs(self, size=None, **kwargs):
+        super()._validate_preprocess_kwargs(size=size, **kwargs)
+        if not size.height or size.height != size.width:
+            raise ValueError(f"`size` must be a square, as equal `height` and `width`, got {size}.")
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
         """Plans how to process an image of `width` × `height` pixels; `kwargs` override this processor's sizes."""
@@ -517,7 +427,7 @@ class Step3VLImageProcessor(PilBackend):
         self,
         image: ImageInput,
         do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
+        input_data_format: str | None = None,
         image_mean: float | tuple[float, ...] | None = None,
         do_rescale: bool | None = None,
         **kwargs,
@@ -535,34 +445,23 @@ class Step3VLImageProcessor(PilBackend):
         is_unit = False
         if isinstance(image, Image.Image):
             image = upright(image)
-            if image.mode.startswith(("I", "F")):
-                pixels = np.asarray(image)
-                if pixels.dtype == np.int32 and pixels.max() > 255:  # PIL also stores 16-bit greyscale like this
-                    pixels = pixels.clip(0, 65535).astype(np.uint16)
-                is_unit = is_meant_as_unit(pixels, do_rescale)
-                image = Image.fromarray(to_8_bit(pixels, is_unit))
-            elif image.mode in PREMULTIPLIED_MODES:  # PIL converts these to no other mode
-                image = image.convert(PREMULTIPLIED_MODES[image.mode])
+            if image.mode in ("La", "RGBa"):  # which PIL converts only to LA and RGBA
+                image = image.convert(image.mode.upper())
+            pixels = np.asarray(image) if image.mode.startswith(("I", "F")) else None
+            if image.mode == "I" and pixels.max() > 255:  # PIL also stores 16-bit greyscale like this
+                pixels = pixels.clip(0, 65535).astype(np.uint16)
         else:
             if isinstance(image, torch.Tensor):  # NumPy has no bfloat16
                 image = image.detach().cpu().float() if image.is_floating_point() else image.cpu()
-            pixels = np.asarray(image)
-            if pixels.ndim == 3:
+            image = np.asarray(image)
+            if image.ndim == 3 and input_data_format is None:
                 # If both ends could be channels, prefer three to one and four; transformers decides the rest.
-                num_channels = 3 if 3 in pixels.shape[::2] else (1, 4)
-                layout = input_data_format or infer_channel_dimension_format(pixels, num_channels)
-                if ChannelDimension(layout) == ChannelDimension.FIRST:
-                    pixels = np.moveaxis(pixels, 0, -1)
-                if pixels.shape[-1] == 1:
-                    pixels = pixels[..., 0]
-                elif pixels.shape[-1] > 4:
-                    raise ValueError(f"A picture must have at most four channels, got {pixels.shape[-1]}.")
-            elif pixels.ndim != 2:
-                raise ValueError(f"A picture must have two or three dimensions, got the shape {pixels.shape}.")
-            if 0 in pixels.shape:
-                raise ValueError(f"A picture must have at least one pixel a side, got the shape {pixels.shape}.")
-            is_unit = is_meant_as_unit(pixels, do_rescale)
-            image = Image.fromarray(np.ascontiguousarray(to_8_bit(pixels, is_unit)))
+                input_data_format = infer_channel_dimension_format(image, 3 if 3 in image.shape[::2] else (1, 4))
+            pixels = np.moveaxis(super().process_image(image, False, input_data_format), 0, -1)
+            pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        if pixels is not None:
+            pixels, is_unit = to_8_bit(pixels, do_rescale)
+            image = Image.fromarray(np.ascontiguousarray(pixels))
         wants_rgb = do_convert_rgb and np.shape(image_mean) in ((), (3,))
         image = image.convert("RGB") if wants_rgb and image.mode != "RGB" else image
         if is_unit:  # on our own image, never on the caller's
@@ -586,18 +485,13 @@ class Step3VLImageProcessor(PilBackend):
         # One image at a time: several together do not fit in the processor's caches, and take longer.
         def to_pixels(image: Image.Image) -> torch.Tensor:
             """Rescaled and normalised pixels (1, channels, height, width)."""
-            tensor = to_tensor(image)
+            tensor = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
             pixels = empty(1, *tensor.shape).copy_(tensor)
             if do_rescale:
                 pixels.mul_(rescale_factor)
             elif image.info.get(UNIT_RANGE):
                 pixels.mul_(1 / 255)
             if do_normalize:
-                if {np.shape(image_mean), np.shape(image_std)} - {(), (pixels.shape[1],)}:
-                    raise ValueError(
-                        f"`image_mean` and `image_std` must have a value for each of the {pixels.shape[1]} channels, "
-                        f"got {image_mean} and {image_std}."
-                    )
                 mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (image_mean, image_std))
                 pixels.sub_(mean).div_(std)
             return pixels
@@ -606,15 +500,11 @@ class Step3VLImageProcessor(PilBackend):
             if pixels.shape[-2:] == (side, side):
                 return pixels
             mode = INTERPOLATION_MODES[resample]
-            return torch.nn.functional.interpolate(
-                pixels, size=(side, side), mode=mode, antialias=True, align_corners=False
-            )
+            return nn.functional.interpolate(pixels, size=(side, side), mode=mode, antialias=True)
 
         max_side = kwargs["max_image_size"]
         plans = [self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=max_side) for image in images]
         num_patches = [plan.num_patches for plan in plans]
-        if len(channels := {image.getbands() for image in images}) > 1:
-            raise ValueError(f"The pictures of a batch must have the same channels, got {sorted(channels)}.")
         num_channels = len(images[0].getbands())
         pixel_values = empty(len(images), num_channels, size.height, size.height)
         patches = empty(sum(num_patches), num_channels, patch_size, patch_size)
@@ -649,19 +539,10 @@ def empty(*shape: int) -> torch.Tensor:
     return torch.from_numpy(np.empty(shape, np.float32))
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
-    """Converts a PIL image to a `uint8` tensor (channels, height, width)."""
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
-
-
 def normalise(conversation):
     """
     Copies one or more conversations in the form that chat templates take. The arguments of past tool calls, which
     OpenAI clients send as JSON, become mappings; `None` values that Arrow adds to message parts are removed.
-
-    Raises:
-        `ValueError`: if a call's arguments are a string that is not JSON.
     """
     if isinstance(conversation, (list, tuple)):
         return [normalise(entry) for entry in conversation]
@@ -679,7 +560,7 @@ def normalise(conversation):
         try:
             return {**call, "arguments": json.loads(call["arguments"] or "{}")}
         except json.JSONDecodeError as error:
-            raise ValueError(f"The arguments of the tool call {call.get('name')!r} are no JSON: {error}.") from error
+            raise ValueError(f"The arguments of the tool call {call.get('name')!r} are not JSON: {error}.") from error
 
     message = dict(conversation)
     if isinstance(message.get("content"), (list, tuple)):
@@ -719,27 +600,20 @@ class Step3VLProcessor(ProcessorMixin):
         self.chat_template = chat_template or tokenizer.chat_template or CHAT_TEMPLATE
         self.auto_map = {"AutoProcessor": "processing_step3.Step3VLProcessor"}
         vocabulary = tokenizer.get_vocab()
-        tokens = (self.image_token, self.image_start_token, self.image_end_token)
-        tokens += (self.patch_start_token, self.patch_end_token, self.patch_newline_token)
+        tokens = [self.image_token, self.image_start_token, self.image_end_token]
+        tokens += [self.patch_start_token, self.patch_end_token, self.patch_newline_token]
         if missing := [token for token in tokens if token not in vocabulary]:
-            raise ValueError(f"`tokenizer` must know the tokens of a picture, and lacks {', '.join(missing)}.")
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            raise ValueError(f"`tokenizer` must have the tokens of images, but it lacks {', '.join(missing)}.")
+        self.image_token_id = vocabulary[self.image_token]
         # All tokens of an image in the text, which `mm_token_type_ids` marks and serving engines count.
-        self.image_token_ids = tokenizer.convert_tokens_to_ids(list(tokens))
+        self.image_token_ids = [vocabulary[token] for token in tokens]
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         """As for any processor, but checkpoints without an image processor, like the released ones, get the default."""
         if "image_processor" not in (processor_dict or {}):
-            names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            path = cached_file(
-                pretrained_model_name_or_path,
-                IMAGE_PROCESSOR_NAME,
-                _raise_exceptions_for_missing_entries=False,
-                **options,
-            )
-            if path is None:
+            options = {**kwargs, "_raise_exceptions_for_missing_entries": False}
+            if cached_file(pretrained_model_name_or_path, IMAGE_PROCESSOR_NAME, **options) is None:
                 return [Step3VLImageProcessor(), AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
 
@@ -760,46 +634,26 @@ class Step3VLProcessor(ProcessorMixin):
         return ["patch_newline_mask"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """
-        As for any processor. An empty list of images means no images. `videos` and `audio` are ignored, with a warning.
-
-        Raises:
-            `ValueError`: if the text is empty or is not text.
-        """
-        samples = [text] if isinstance(text, str) else text
-        if text is not None and not (
-            isinstance(samples, (list, tuple)) and samples and all(isinstance(s, str) and s for s in samples)
-        ):
-            raise ValueError(f"`text` must be a string or a list of strings, none of them empty, got {text!r}.")
+        """As for any processor. An empty list of images means no images. `videos` and `audio` are ignored, with a
+        warning."""
         for name, given in (("videos", videos), ("audio", audio)):
             if given is not None:
                 logger.warning_once(f"Step3-VL takes pictures and text; `{name}` are ignored.")
-        if isinstance(images, (list, tuple)) and not any(
-            not isinstance(entry, (list, tuple)) or len(entry) for entry in images
-        ):
+        if isinstance(images, (list, tuple)) and all(isinstance(x, (list, tuple)) and not x for x in images):
             images = None
         return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def validate_inputs(self, images=None, text=None, **kwargs):
-        """
-        Checks that the text has one `<im_patch>` per image, in each sample if the images are nested lists.
-
-        Raises:
-            `ValueError`: if the numbers differ, or there is neither text nor images.
-        """
+        """Raises a `ValueError` unless the text has one `<im_patch>` per image, in each sample if images are nested."""
         super().validate_inputs(images=images, text=text, **kwargs)
         if text is None:
             return
-        if not all(isinstance(sample, str) for sample in text):
-            raise ValueError(f"`text` must be a string or a list of strings, got {[type(s).__name__ for s in text]}.")
         wanted = [sample.count(self.image_token) for sample in text]
         if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
             given = [len(entry) if isinstance(entry, (list, tuple)) else 1 for entry in images]
-            matches = given == wanted
         else:
             given = 0 if images is None else len(make_flat_list_of_images(images))
-            matches = given == sum(wanted)
-        if not matches:
+        if given != (wanted if isinstance(given, list) else sum(wanted)):
             raise ValueError(
                 f"The number of {self.image_token} tokens in the prompts should be the same as the number of `images`, "
                 f"sample by sample where these are nested: found {wanted} tokens and {given} images."

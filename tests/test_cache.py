@@ -33,24 +33,15 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     ids = torch.arange(20, 26)[None]
     model(ids[:, :4], cache=cache)
     before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ValueError, match="4 cached and 3 new tokens are more than the cache's 6"):
+    with pytest.raises(ValueError, match="4 cached and 3 new tokens are more than the 6 tokens of the cache"):
         model(torch.arange(3)[None] + 11, cache=cache)
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
     assert_close(model(ids[:, 4:], cache=cache).logits, model(ids).logits[:, 4:])
     cache.reclaim(1000)
     assert cache.layers[0].num_held == 6
-    states = torch.zeros(1, 1, 1, 16)
-    for layer in range(3):
-        with pytest.raises(ValueError, match="6 held and 1 new tokens are more than the cache's 6"):
-            cache.update(states, states, layer)
-    for layer in (-1, 3):
-        with pytest.raises(ValueError, match=f"`layer_idx` must lie between 0 and 2, got {layer}"):
-            cache.update(states, states, layer)
     with pytest.raises(ValueError, match="At least 1 token must be kept, got 0"):
         cache.reclaim(0)
     Step3BoundedCache(model.config, 6).reclaim(3)  # of none
-    with pytest.raises(ValueError, match="`max_length` must be at least 1"):
-        Step3BoundedCache(model.config, 0)
     cache.reclaim(2)
     with pytest.raises(ValueError, match="3 tokens cannot be removed: 2 are held, the others were dropped"):
         cache.crop(-3)
@@ -59,9 +50,8 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
     with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
         model(ids[:, :1], cache=making_room, attention_mask=torch.ones(1, 3).long())
     assert making_room.layers[0].num_held == 6  # what is refused drops nothing
-    for keep in (0, 6):
-        with pytest.raises(ValueError, match=f"`keep` must lie between 1 and 5, below `max_length`, got {keep}"):
-            Step3BoundedCache(model.config, 6, keep=keep)
+    with pytest.raises(ValueError, match="7 new tokens do not fit in a cache of 6"):
+        model(torch.arange(20, 27)[None], cache=making_room)
 
 
 @pytest.mark.defect(13)
@@ -69,12 +59,12 @@ def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
 @torch.no_grad()
 def test_neither_a_static_cache_nor_the_positions_are_overrun(model, limit):
     ids = torch.tensor([[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]])
-    cache, message = StaticCache(model.config, max_cache_len=6), "no room for another token: the cache is full"
+    cache, message = StaticCache(model.config, max_cache_len=6), "all tokens of the cache are taken"
     if limit == "positions":
         model = small_model(small_config(text={"max_position_embedding": 6}))
         cache, message = DynamicCache(config=model.config), "6 cached and 1 new tokens"
     model(ids[:, :5], cache=cache)
-    with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than .* 6"):
+    with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than the 6"):
         model(ids[:, :2], cache=cache)
     assert_close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
     keys = cache.layers[0].keys.clone()

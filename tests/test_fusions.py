@@ -160,18 +160,13 @@ def test_what_cannot_be_fused_is_refused_and_nothing_is_changed(directory):
             model.fuse(*names)
         assert not any(rewritten(model))
 
-    fails("takes some of step3_qkv, step3_gate_up, got .'qkv'", "qkv")
-    fails(r"got \(\)")
-    layers[2].self_attn.v_proj.bfloat16()
-    fails("cannot be applied to model.language_model.layers.2.self_attn: .* several types", *BOTH)
-    layers[2].self_attn.v_proj.float()
+    with pytest.raises(KeyError, match="'qkv'"):
+        model.fuse("qkv")
     hook = layers[2].share_expert.up_proj.register_forward_hook(lambda *_: None)
-    fails("layers.2.share_expert: `up_proj` has hooks", *BOTH)
+    fails("cannot be applied to model.language_model.layers.2.share_expert: `up_proj` has hooks")
     hook.remove()
     layers[1].self_attn.q_proj = torch.nn.Sequential(layers[1].self_attn.q_proj)
     fails("`q_proj` is a Sequential: it is quantised, or has been replaced", *BOTH)
-    with pytest.raises(ValueError, match="Nothing in this Step3VisionModel is rewritten by step3_qkv"):
-        model.model.vision_model.fuse("step3_qkv")
 
 
 def test_a_rewrite_of_ones_own(directory, monkeypatch):

@@ -249,21 +249,12 @@ def test_pictures_that_do_not_fit_are_named_before_anything_is_generated(model, 
             with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
                 call(**inputs)
 
-    fails(
-        r"`image_embeds` must have the shape \(..., rows, 48\), got \(15, 96\)",
-        **text,
-        image_embeds=features.repeat(1, 2),
-    )
-    fails(r"got \(720,\)", **text, image_embeds=features.flatten())
-    fails("`image_embeds` must be a tensor or a flat tuple of them, got list", **text, image_embeds=[[features]])
+    fails("15 image tokens.*30 image features", **text, image_embeds=features.repeat(1, 2))
     fails("only one of them", **batch, image_embeds=features)
     fails("0 image tokens.*15 image features", **{**batch, "input_ids": torch.full((3, 14), 5)})
-    fails("belong to `pixel_values`", **text, patch_pixel_values=batch["patch_pixel_values"], image_embeds=features)
-    fails("`mm_encoder_outputs` must hold `image`, got .'video'", **text, mm_encoder_outputs={"video": encoded})
-    fails("`mm_encoder_outputs` must hold `image`, got .'last_hidden_state'", **text, mm_encoder_outputs=encoded)
     with pytest.raises(ValueError, match="Pictures need `input_ids` or `inputs_embeds`"):
         model.generate(**pictures)
-    with pytest.raises(ValueError, match="`assistant_model` must see pictures, too"):
+    with pytest.raises(ValueError, match="choose an `assistant_model` that takes pictures"):
         assistant = Step3TextForCausalLM._from_config(model.config.text_config)
         model.generate(**row_alone(batch, 1), assistant_model=assistant)
 

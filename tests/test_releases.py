@@ -1,4 +1,4 @@
-"""What releases of transformers call things: both names of the cache, and names that a later release may change."""
+"""What releases of transformers call the cache: both names are taken."""
 
 import functools
 import inspect
@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import cache_of, row_alone, small_config
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
-from transformers.generation import GenerationMixin
 
 from step3_vl import Step3TextForCausalLM, Step3TextModel, Step3VLForConditionalGeneration, Step3VLModel
 from step3_vl.generation_step3 import CACHE_NAME
@@ -98,38 +97,3 @@ def test_evaluation_leaves_the_cache_out(model, batch, tmp_path):
     prediction = trainer.predict([0, 1, 2])
     torch.testing.assert_close(torch.tensor(prediction.predictions), expected.logits)
     assert trainer.evaluate([0, 1, 2])["eval_loss"] == pytest.approx(expected.loss.item())
-
-
-def renamed(function, **names):
-    """The function, as a later release may have it: some of its arguments by other names."""
-
-    @functools.wraps(function)
-    def later(*args, **kwargs):
-        return function(*args, **{names.get(name, name): value for name, value in kwargs.items()})
-
-    parameters = inspect.signature(function).parameters.values()
-    back = {old: new for new, old in names.items()}
-    later.__signature__ = inspect.Signature([p.replace(name=back.get(p.name, p.name)) for p in parameters])
-    return later
-
-
-@pytest.mark.parametrize("name", ["is_first_iteration", "next_sequence_length", "inputs_embeds"])
-def test_a_renamed_argument_of_generation_is_an_error(model, batch, monkeypatch, name):
-    prepare = renamed(GenerationMixin.prepare_inputs_for_generation, later_name=name)
-    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepare)
-    with pytest.raises(TypeError, match=f"other names for what `generate` passes on as {name}"):
-        model.generate(**batch, **GREEDY)
-
-
-@pytest.mark.parametrize("name", ["attention_mask", "position_ids", CACHE_NAME])
-def test_a_renamed_argument_of_the_model_is_an_error(model, batch, monkeypatch, name):
-    prepare = GenerationMixin.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def later(*args, **kwargs):
-        inputs = prepare(*args, **kwargs)
-        return {("later_name" if key == name else key): value for key, value in inputs.items()}
-
-    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", later)
-    with pytest.raises(TypeError, match="later_name"):
-        model.generate(**batch, **GREEDY)

@@ -41,7 +41,7 @@ def test_make_random_model_of_another_size(tmp_path):
 def test_make_random_model_names_what_is_wrong(tmp_path):
     for setting, message in {
         "nonsense": "KEY=VALUE",
-        "text_config.moe_top_k=9": "`moe_top_k` must not exceed",
+        "text_config.moe_layers_enum=[9]": "`moe_layers_enum` must list layers between",
     }.items():
         result = run("make_random_model.py", tmp_path / "model", "--set", setting)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
