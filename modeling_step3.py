@@ -297,8 +297,8 @@ def eager_attention_forward(
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
 
-    # Computed in float32 at least; gradients also need the result so.
-    softmax_dtype = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else query.dtype
+    # torch computes it in float32 at least; gradients also need its result so.
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else attn_weights.dtype
     attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
     attn_output = torch.matmul(attn_weights.view(batch_size, num_key_value_heads, -1, key.shape[2]), value)
