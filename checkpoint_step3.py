@@ -177,8 +177,8 @@ def open_files(paths: list[str], weights_only: bool) -> dict[str, torch.Tensor]:
             if "unable to mmap" not in str(error):
                 raise
             raise RuntimeError(
-                f"{error}. Mapped files need address space, not memory: `ulimit -v` must be unlimited, and "
-                "`sysctl vm.overcommit_memory` 0 or 1."
+                f"{error}. Mapped files need address space, not memory: `ulimit -v` must be unlimited, and `sysctl "
+                "vm.overcommit_memory` 1, or 0 if each file is smaller than the memory."
             ) from error
     return tensors
 
@@ -246,10 +246,10 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
         if is_fp8:
             module.block_size = tuple(settings.weight_block_size)
         module.map_weights(layers[prefix], prefix)
-    for name, device in (load_config.device_map or {}).items():
-        module_name, _, number = name.rpartition(".")
-        if number.isdecimal() and isinstance(module := model.get_submodule(module_name), MappedExperts):
-            module.hold(int(number), device)
+    for module_name, module in model.named_modules():
+        for number in range(module.num_experts if isinstance(module, MappedExperts) else 0):
+            if (device := (load_config.device_map or {}).get(f"{module_name}.{number}")) is not None:
+                module.hold(number, device)
     warn_of_slow_reading(model, checkpoint_files)
     return loaded
 
