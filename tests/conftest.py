@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything the tests load is on disk
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the processors
     os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // int(workers), 1))
 ROOT = Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
 # The environment with vLLM, of the tests that are marked `engines`.
 VLLM_HOME = Path(os.environ["STEP3_ENGINES"]).resolve() if os.environ.get("STEP3_ENGINES") else None
 sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("", "tiny", "develop")]

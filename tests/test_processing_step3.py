@@ -6,7 +6,6 @@ import io
 import json
 import operator
 import threading
-import zlib
 from pathlib import Path
 from urllib.parse import quote
 
@@ -43,14 +42,10 @@ def noise(width, height, channels=3, seed=0) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
-def png(picture: Image.Image, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG file with further chunks before the pixels."""
+def png(picture: Image.Image, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "png")
-    head, data = file.getvalue()[:33], file.getvalue()[33:]
-    for kind, body in chunks:
-        head += len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    return head + data
+    picture.save(file, "png", **options)
+    return file.getvalue()
 
 
 @functools.cache
@@ -79,7 +74,8 @@ def pixels_of(picture, **kwargs) -> torch.Tensor:
     # The shorter side below 32 and more than 4:1: padded.
     ((125, 31), (125, 125), 0, 0, 0), ((124, 31), (124, 31), 31, 4, 1), ((192, 32), (192, 32), 32, 6, 1),
     # Beyond 3024 pixels: scaled down.
-    ((3024, 1000), (3024, 1000), 504, 6, 2), ((3025, 1000), (3024, 999), 504, 6, 2), ((30000, 3000), (3024, 302), 302, 10, 1),
+    ((3024, 1000), (3024, 1000), 504, 6, 2), ((3025, 1000), (3024, 999), 504, 6, 2),
+    ((30000, 3000), (3024, 302), 302, 10, 1),
     # Up to 728 pixels: cut if more than 3:2, which photographs have.
     ((600, 400), (600, 400), 0, 0, 0), ((601, 400), (601, 400), 400, 2, 1), ((728, 728), (728, 728), 0, 0, 0),
     # Beyond: windows of 504 pixels, or of the shorter side if more than 4:1.
@@ -141,22 +137,6 @@ def test_every_patch_lies_in_the_plan(width, height, view, patch, longest):
             assert (count - 1) * plan.window < side <= count * plan.window  # each square has something of the picture
 
 
-@settings(max_examples=25, deadline=None)
-@given(width=st.integers(1, 400), height=st.integers(1, 400))
-def test_what_is_counted_is_what_is_made(width, height):
-    processor = Step3VLImageProcessor(size={"height": 56, "width": 56}, patch_size=42, max_image_size=210)
-    plan = processor.plan(width, height)
-    output = processor([Image.new("RGB", (width, height), "white")], return_tensors="pt")
-    assert output["num_patches"].tolist() == [plan.num_patches]
-    assert output["pixel_values"].shape == (1, 3, 56, 56)
-    if plan.num_patches:
-        assert output["patch_pixel_values"].shape == (plan.num_patches, 3, 42, 42)
-        mean, std = np.array(processor.image_mean), np.array(processor.image_std)
-        black, white = (torch.tensor((value - mean) / std) for value in (0, 1))
-        pixels = output["patch_pixel_values"].movedim(1, -1)
-        assert (pixels <= white + 1e-4).all() and (pixels >= black - 1e-4).all()
-
-
 def test_a_batch_is_its_pictures_one_by_one():
     image_processor = Step3VLImageProcessor(size={"height": 112, "width": 112}, patch_size=56, max_image_size=336)
     pictures = [noise(*size, seed=i) for i, size in enumerate([(90, 90), (300, 80), (90, 90), (20, 100), (401, 333)])]
@@ -183,10 +163,9 @@ def test_every_way_to_give_a_picture(released, tmp_path):
     pixels = np.asarray(picture)
     wide = pixels.astype(np.uint16) * 256  # 16 bits, of which the upper ones count
     encoded, lines = base64.b64encode(png(picture)).decode(), base64.encodebytes(png(picture)).decode()
-    bad_exif = png(picture, (b"eXIf", b"no exif at all"))
-    paths = {"picture.png": png(picture), "bad_exif.png": bad_exif}
-    for name, data in paths.items():
-        (tmp_path / name).write_bytes(data)
+    bad_exif = png(picture, exif=b"no exif at all")
+    (tmp_path / "picture.png").write_bytes(png(picture))
+    (tmp_path / "bad_exif.png").write_bytes(bad_exif)
     ways = {
         "array": pixels,
         "channels first": pixels.transpose(2, 0, 1),
@@ -298,7 +277,6 @@ def test_one_mean_for_all_channels():
         ({"text": ""}, "`text` must be a string or a list of strings, none of them empty, got ''"),
         ({"text": []}, r"none of them empty, got \[\]"),
         ({"text": ["a", None]}, r"got \['a', None\]"),
-        ({"text": 5}, "got 5"),
         ({"images": noise(300, 300), "truncation": True, "max_length": 6}, "truncation"),
         ({"images": Image.new("RGB", (0, 5))}, "at least one pixel a side, got 0 x 5"),
         ({"images": np.zeros((0, 9, 3), np.uint8)}, "at least one pixel"),
@@ -312,10 +290,8 @@ def test_one_mean_for_all_channels():
         ({"images": np.zeros((9, 9, 3), complex)}, "must be real numbers, got complex128"),
         ({"images": np.full((9, 9, 3), np.nan)}, "Pixel values must lie in"),
         ({"images": np.full((9, 9, 3), 1.5)}, "`do_rescale=False` says that floats are from"),
-        ({"images": np.full((9, 9, 3), -0.5)}, "got float64 values from -0.5 to -0.5"),
-        ({"images": np.full((9, 9, 3), 300.0)}, "from 300.0 to 300.0"),
+        ({"images": np.full((9, 9, 3), 300.0)}, "got float64 values from 300.0 to 300.0"),
         ({"images": np.full((9, 9, 3), 256)}, "16-bit ones are told by the type uint16"),
-        ({"images": np.full((9, 9, 3), -1)}, "from -1 to -1"),
         ({"images": NORMALISED}, "from -1.79 to 2.14"),
         ({"images": NORMALISED, "do_rescale": False}, "Pixel values must lie in"),
     ],
@@ -332,16 +308,16 @@ def test_an_image_processor_takes_one_picture_at_least(released, processor, pict
     assert "pixel_values" not in processor(text="no picture", images=pictures[:1])
 
 
-@pytest.mark.parametrize("broken", ["IDAT", "IHDR", "cut off", "text", "empty"])
-def test_a_broken_picture_is_an_os_error(released, tmp_path, broken):
-    data = png(noise(90, 61))
-    others = {"cut off": data[:999], "text": b"no picture", "empty": b""}
-    data = others.get(broken, data.replace(broken.encode(), b"\0"))
+DATA = png(noise(90, 61))
+
+
+@pytest.mark.parametrize(
+    "data", [DATA.replace(b"IDAT", b"\0"), DATA.replace(b"IHDR", b"\0"), DATA[:999], b"no picture", b""]
+)
+def test_a_broken_picture_is_an_os_error(released, tmp_path, data):
     (tmp_path / "broken.png").write_bytes(data)
-    sources = [str(tmp_path / "broken.png"), f"{served(tmp_path)}/broken.png", f"{served(tmp_path)}/nothing.png"]
-    if data:
-        sources.append(base64.b64encode(data).decode())
-    for source in sources:
+    encoded = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    for source in (str(tmp_path / "broken.png"), f"{served(tmp_path)}/broken.png", encoded):
         with pytest.raises(OSError):
             released.fetch_images(source)
 
@@ -349,33 +325,33 @@ def test_a_broken_picture_is_an_os_error(released, tmp_path, broken):
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
-        ("http://127.0.0.1:port/picture.png", OSError, "http://127.0.0.1:port/picture.png.* cannot be"),
-        ("nowhere/picture1", OSError, "nowhere/picture1.* cannot be"),
-        ("data:image/png;base64,", OSError, "data:image/png;base64,.* cannot be"),
+        ("http://127.0.0.1:port/picture.png", OSError, "http://127.0.0.1:port/picture.png.* cannot be fetched"),
+        ("nowhere/picture1", OSError, "nowhere/picture1.* cannot be read"),
         ("nowhere.png", ValueError, "must be a URL, a path or base64, got 'nowhere.png'"),
     ],
 )
-def test_a_source_of_no_picture_is_named(released, source, error, message):
+def test_a_source_of_no_picture_is_named(released, tmp_path, source, error, message):
     with pytest.raises(error, match=message):
         released.fetch_images(source)
+    with pytest.raises(OSError, match="nothing.png.* cannot be fetched"):
+        released.fetch_images(f"{served(tmp_path)}/nothing.png")
 
 
 def test_a_file_and_its_picture_have_a_largest_size(tmp_path, monkeypatch):
-    size = (tmp_path / "picture.png").write_bytes(png(noise(90, 61)))
+    (tmp_path / "picture.png").write_bytes(DATA)
     processor, url = Step3VLImageProcessor(), f"{served(tmp_path)}/picture.png"
-    processor.max_download_bytes = size
+    processor.max_download_bytes = len(DATA)
     processor.fetch_images(url)
-    processor.max_download_bytes = size - 1
-    with pytest.raises(OSError, match=f"more than {size - 1} bytes"):
+    processor.max_download_bytes -= 1
+    with pytest.raises(OSError, match=f"more than {len(DATA) - 1} bytes"):
         processor.fetch_images(url)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
     with pytest.raises(Image.DecompressionBombError, match="5490 pixels.*exceeds limit"):
         processor(str(tmp_path / "picture.png"))
 
 
-@pytest.mark.parametrize("form", ["png", "tiff"])
-def test_a_closed_picture_is_a_value_error(released, tmp_path, form):
-    path = tmp_path / f"picture.{form}"
+def test_a_closed_picture_is_a_value_error(released, tmp_path):
+    path = tmp_path / "picture.png"
     noise(9, 9).save(path)
     with Image.open(path) as unread:
         pass
@@ -386,19 +362,14 @@ def test_a_closed_picture_is_a_value_error(released, tmp_path, form):
     for picture in (unread, without_file, closed):
         with pytest.raises(ValueError, match="closed"):
             released(picture)
-    removed = Image.open(path)
-    path.unlink()
-    assert torch.equal(pixels_of(removed), pixels_of(noise(9, 9)))
 
 
-def test_videos_and_sound_are_ignored_with_a_warning(processor, monkeypatch):
+@pytest.mark.parametrize("name", ["videos", "audio"])
+def test_videos_and_sound_are_ignored_with_a_warning(processor, monkeypatch, name):
     warned = []
     monkeypatch.setattr(step3_vl.processing_step3.logger, "warning_once", warned.append)
-    expected = processor(text="a", return_tensors="pt")
-    for name, media in (("videos", [RAMP[None]]), ("audio", [np.zeros(9)])):
-        got = processor(text="a", **{name: media}, return_tensors="pt")
-        assert got.keys() == expected.keys() and torch.equal(got["input_ids"], expected["input_ids"])
-        assert name in warned.pop()
+    assert processor(text="a", **{name: [RAMP[None]]}).keys() == processor(text="a").keys()
+    assert name in warned[0]
 
 
 def test_a_tokenizer_without_the_tokens_is_refused(released):
@@ -508,16 +479,9 @@ def test_a_checkpoints_own_template_wins_wherever_it_is_kept(processor, tmp_path
     assert written() == "theirs: Sure?"
 
 
-def get_weather(city: str, days: int, options: dict, metric: bool = True):
-    """
-    Looks up the weather.
-
-    Args:
-        city: Where.
-        days: How many.
-        options: More.
-        metric: Whether in degrees Celsius.
-    """
+TYPES = {"city": "string", "days": "integer", "options": "object", "metric": "boolean"}
+PARAMETERS = {"type": "object", "properties": {name: {"type": kind} for name, kind in TYPES.items()}}
+GET_WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
 
 
 def test_tools_and_reasoning_round_trip(processor):
@@ -527,7 +491,7 @@ def test_tools_and_reasoning_round_trip(processor):
     reply = {"role": "assistant", "reasoning_content": "So\nthen.", "content": "I look.", "tool_calls": [call, call]}
     result = {"role": "tool", "name": "get_weather", "content": "12 degrees"}
 
-    options = {"tools": [get_weather], "add_generation_prompt": True}
+    options = {"tools": [GET_WEATHER], "add_generation_prompt": True}
     prompt = processor.apply_chat_template(question, **options, enable_thinking=True)
     assert '"name": "get_weather"' in prompt and prompt.startswith("<｜begin▁of▁sentence｜>Be brief.\n\n")
     told = processor.apply_chat_template([*question, reply, result], **options)
@@ -543,10 +507,10 @@ def test_tools_and_reasoning_round_trip(processor):
     assert answer == f"So\nthen.</think>I look.<｜tool_calls_begin｜>{written}{written}<｜tool_calls_end｜><|EOT|>"
 
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    assert processor.parse_response([ids], prefix=prompt, tools=[get_weather]) == [reply]
+    assert processor.parse_response([ids], prefix=prompt, tools=[GET_WEATHER]) == [reply]
     # As a server reads it, however the pieces fall.
     for size in (1, 7):
-        parser = ResponseParser(RESPONSE_TEMPLATE, prefix=prompt, tools=[get_weather])
+        parser = ResponseParser(RESPONSE_TEMPLATE, prefix=prompt, tools=[GET_WEATHER])
         for start in range(0, len(answer), size):
             parser.feed(answer[start : start + size])
         assert parser.finalize()[0] == reply
@@ -572,7 +536,6 @@ def test_tools_and_reasoning_round_trip(processor):
     [
         {"role": "user", "content": [{"type": "video", "video": "film.mp4"}]},
         {"role": "user", "content": ["What?"]},
-        {"role": "user", "content": None},
         {"role": "user"},
         {"role": "narrator", "content": "Night falls."},
         {"role": "assistant", "content": None},
