@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, cache_of, small_batch, small_model
+from conftest import assert_close, assert_same_tensors, cache_of, small_batch, small_model
 from safetensors.torch import load_file
-from test_saving import assert_same_tensors
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from step3_vl import Step3TextForCausalLM, Step3VLModel

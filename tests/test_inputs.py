@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_close, cache_of, small_batch, small_config, small_model
-from test_saving import assert_same_tensors
+from conftest import assert_close, assert_same_tensors, cache_of, small_batch, small_config, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 from transformers.debug_utils import DebugUnderflowOverflow

@@ -6,10 +6,9 @@ import convert_checkpoint
 import pytest
 import torch
 import transformers
-from conftest import dequantised, make_fp8_checkpoint
+from conftest import assert_same_tensors, dequantised, make_fp8_checkpoint
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from test_saving import assert_same_tensors
 from transformers import AutoModelForImageTextToText
 from transformers.integrations.finegrained_fp8 import FP8Linear
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
