@@ -74,6 +74,12 @@ def assert_same_tensors(first: dict, second: dict):
         assert torch.equal(first[name], second[name]), name
 
 
+def assert_same_files(directory: Path, other: Path):
+    names = {path.name for path in directory.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    assert [name for name in names if (directory / name).read_bytes() != (other / name).read_bytes()] == []
+
+
 def weights_in(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a directory, by their names on disk."""
     return {name: tensor for path in directory.glob("model*.safetensors") for name, tensor in load_file(path).items()}

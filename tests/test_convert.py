@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    assert_same_files,
     assert_same_tensors,
     dequantised,
     edit_json,
@@ -64,12 +65,6 @@ def logits(directory: Path, auto=AutoModelForImageTextToText) -> torch.Tensor:
     model = auto.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(torch.arange(20)[None]).logits
-
-
-def assert_same_files(directory: Path, other: Path):
-    names = {path.name for path in directory.iterdir()}
-    assert names == {path.name for path in other.iterdir()}
-    assert [name for name in names if (directory / name).read_bytes() != (other / name).read_bytes()] == []
 
 
 @pytest.fixture(scope="module")
