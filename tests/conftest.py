@@ -85,6 +85,18 @@ def weights_in(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("model*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def one_by_one(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights, with every expert's under names of their own."""
+    single = {}
+    for name, tensor in weights.items():
+        layer, is_moe, rest = name.partition(".moe.")
+        if is_moe and "_proj.weight" in rest:
+            single |= {f"{layer}.moe.experts.{number}.{rest}": part.clone() for number, part in enumerate(tensor)}
+        else:
+            single[name] = tensor
+    return single
+
+
 def with_original_names(source: Path, directory: Path) -> Path:
     """The same checkpoint in one file, under the names that the original remote code saved."""
 
@@ -99,7 +111,7 @@ def with_original_names(source: Path, directory: Path) -> Path:
     return directory
 
 
-def load_whole(model_class, directory: Path, **options):
+def load_whole(model_class, directory: Path | None, **options):
     """A model of which nothing is missing in a directory, which holds nothing else."""
     model, report = model_class.from_pretrained(directory, output_loading_info=True, **options)
     assert not any(report.values()), report
