@@ -126,7 +126,9 @@ def test_a_tied_model_gets_the_head_that_engines_ask_for(source, tmp_path, shard
 def test_a_processor_comes_along_where_none_is_described(copied, tmp_path):
     for name in ("processor_config.json", "chat_template.jinja"):
         (copied / name).unlink()
-    processor = AutoProcessor.from_pretrained(converted(copied, tmp_path / "target"))
+    target = converted(copied, tmp_path / "target")
+    assert "auto_map" in json.loads((target / "processor_config.json").read_text())
+    processor = AutoProcessor.from_pretrained(target)
     assert processor.image_processor.patch_size == 504 and processor.chat_template
 
 
@@ -351,12 +353,24 @@ def test_a_cast_that_overflows_is_refused(source, tmp_path, stored, value, dtype
         assert weights_in(infinite)[name].view(-1)[-1].isinf()
 
 
-def test_a_scale_that_overflows_is_refused(fp8_source, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scales: scales[min(scales)].fill_(3e38), "_proj.weight: has numbers that are too large"),
+        (lambda scales: scales.pop(min(scales)), "weight_scale_inv: missing, expected shape"),
+        (lambda scales: scales.update({min(scales): torch.ones(1)}), "weight_scale_inv: expected shape"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(fp8_source, tmp_path, change, message):
     copied = Path(shutil.copytree(fp8_source, tmp_path / "copied"))
     path = copied / "model-00002-of-00003.safetensors"
-    save_file({name: scale.fill_(3e38) for name, scale in load_file(path).items()}, path)
-    told = refused(copied, tmp_path / "target", "--dtype", "bfloat16")
-    assert "_proj.weight: has numbers that are too large for" in told
+    scales = load_file(path)
+    change(scales)
+    save_file(scales, path)
+    edit_json(
+        copied / INDEX, lambda index: index.update(weight_map={n: index["weight_map"][n] for n in weights_in(copied)})
+    )
+    assert message in refused(copied, tmp_path / "target", "--dtype", "bfloat16")
     assert not list(tmp_path.glob("target*"))
 
 

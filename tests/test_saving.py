@@ -12,6 +12,7 @@ from conftest import (
     GOLDENS,
     assert_close,
     assert_same_tensors,
+    edit_json,
     load_whole,
     small_config,
     small_model,
@@ -118,6 +119,8 @@ def test_what_is_tied_is_known_on_both_levels(tmp_path, level):
         assert model.lm_head.weight is model.get_input_embeddings().weight
         logits.append(model(torch.tensor([[11, 12, 13]])).logits)
     assert_close(*logits)
+    edit_json(tmp_path / "model" / "config.json", lambda saved: saved["text_config"].pop("tie_word_embeddings"))
+    assert Step3TextConfig.from_pretrained(tmp_path / "model").tie_word_embeddings
     config.tie_word_embeddings = False
     assert not config.text_config.tie_word_embeddings and not config.to_dict()["text_config"]["tie_word_embeddings"]
 
