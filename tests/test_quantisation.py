@@ -77,22 +77,6 @@ def test_linear_experts_are_the_stacked_ones(tmp_path):
             assert_close(logits(again), expected)
 
 
-def test_linear_experts_train_as_the_stacked_ones():
-    experts = []
-    for implementation in ("eager", "linear"):
-        model = AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=implementation)
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        experts.append(model.model.language_model.layers[1].moe.experts)
-    stacked, linear = experts
-    gate, up = stacked.gate_up_proj.grad.chunk(2, dim=1)
-    expected = {"gate_proj": gate, "up_proj": up, "down_proj": stacked.down_proj.grad}
-    for number, expert in enumerate(linear):
-        for name, layer in expert.named_children():
-            if name in expected:
-                gradient = torch.zeros_like(layer.weight) if layer.weight.grad is None else layer.weight.grad
-                assert_close(gradient, expected[name][number])
-
-
 def test_experts_are_linear_or_stacked_from_the_beginning():
     for first, then in (("linear", "eager"), ("eager", "linear")):
         model = AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=first)
