@@ -7,7 +7,18 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import GOLDENS, IMAGE_TOKEN, assert_close, cache_of, row_alone, small_batch, small_config, small_model
+from conftest import (
+    GOLDENS,
+    IMAGE_TOKEN,
+    assert_close,
+    cache_of,
+    pictures_of,
+    row_alone,
+    small_batch,
+    small_config,
+    small_model,
+    weights_in,
+)
 from reference import step3_logits
 from safetensors.torch import load_file
 from torch import nn
@@ -20,13 +31,14 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from step3_vl import Step3BoundedCache, Step3VLConfig, Step3VLForConditionalGeneration, Step3VLModel
+from step3_vl import (
+    Step3BoundedCache,
+    Step3TextForCausalLM,
+    Step3VLConfig,
+    Step3VLForConditionalGeneration,
+    Step3VLModel,
+)
 from step3_vl.modeling_step3 import eager_attention_forward, share_key_value_heads, sum_products
-
-
-def weights_on_disk(model, directory) -> dict[str, torch.Tensor]:
-    model.save_pretrained(directory)
-    return load_file(directory / "model.safetensors")
 
 
 @pytest.fixture
@@ -92,10 +104,10 @@ def test_random_configs_match_the_reference(seed, tmp_path):
     stride, bias = draw.choice([1, 2]), draw.random() < 0.5
     model = small_model(small_config(text, vision, understand_projector_stride=stride, projector_bias=bias), seed=seed)
     inputs = small_batch(model)
-    weights = weights_on_disk(model, tmp_path)
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
         logits = model(**inputs).logits
-    expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights, **inputs)
+    expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights_in(tmp_path), **inputs)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[real].double(), expected[real], atol=1e-4, rtol=1e-4)
 
@@ -106,7 +118,8 @@ def test_gradients_match_the_reference(tmp_path):
     inputs = small_batch(model)
     inputs.update({k: v.double() for k, v in inputs.items() if v.is_floating_point()})
     real = inputs["attention_mask"].bool()
-    weights = {name: tensor.requires_grad_() for name, tensor in weights_on_disk(model, tmp_path).items()}
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.requires_grad_() for name, tensor in weights_in(tmp_path).items()}
     config = json.loads((tmp_path / "config.json").read_text())
     projection = torch.randn(97, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     (step3_logits(config, weights, **inputs)[real] @ projection).tanh().sum().backward()
@@ -121,7 +134,8 @@ def test_gradients_match_the_reference(tmp_path):
         gradients = Step3VLForConditionalGeneration._from_config(model.config, dtype=torch.float64)
         for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
             target.data = source.grad
-        for name, gradient in weights_on_disk(gradients, tmp_path / "gradients").items():
+        gradients.save_pretrained(tmp_path / "gradients")
+        for name, gradient in weights_in(tmp_path / "gradients").items():
             # The position table is resized in float32, as the model does it.
             torch.testing.assert_close(
                 gradient, expected[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -246,21 +260,20 @@ def test_sums_of_products_are_products(outputs, inputs):
 
 
 def test_a_compiled_token_passes_a_layer_that_was_replaced_or_has_hooks():
-    model = small_model(small_config())
+    model = Step3TextForCausalLM._from_config(small_config().text_config).eval()
     ids = torch.tensor([[11]])
     plain = model(ids).logits
-    layer = model.model.language_model.layers[0]
+    layer = model.model.layers[0]
     layer.mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
     layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
     with torch.no_grad():
-        expected = model(ids).logits
-        compiled = torch.compile(model, backend="eager")(ids).logits
+        expected, compiled = model(ids).logits, torch.compile(model, backend="eager")(ids).logits
     assert not torch.allclose(expected, plain, atol=1e-2)
     assert_close(compiled, expected)
 
 
 def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
-    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    pictures = pictures_of(batch)
     rows = []
     hook = model.model.vision_model.register_forward_hook(lambda _, args, output: rows.append(output[0].shape[:2]))
     with torch.no_grad():
@@ -337,7 +350,7 @@ def test_recorded_outputs_of_the_vision_encoder(model, batch):
     """Its attention is switched without the decoder's."""
     expected = model(**batch).logits
     model.set_attn_implementation({"vision_config": "eager"})
-    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    pictures = pictures_of(batch)
     output = model.get_image_features(**pictures, output_hidden_states=True, output_attentions=True)
     assert [tuple(features.shape) for features in output.pooler_output] == [(6, 48), (4, 48), (5, 48)]
     assert output.last_hidden_state.shape == (3, 64, 32)  # a row for each patch; four class rows stand before them
