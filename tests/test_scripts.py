@@ -121,11 +121,6 @@ def test_no_dead_code_and_one_style():
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_readme_names_the_two_commands():
-    commands = re.findall(r"^bash scripts/\w+\.sh", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert commands == ["bash scripts/demo.sh", "bash scripts/test.sh"]
-
-
 def test_benchmark(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("Before.\n\nMade by `benchmark.py --table`:\n\n| old |\n| --- |\n| 1 |\n\nAfter.\n")
