@@ -8,7 +8,6 @@ import random
 import resource
 import shutil
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -375,12 +374,13 @@ def test_what_was_written_wrong_is_seen(source, tmp_path, monkeypatch, how, name
     ],
 )
 def test_a_file_that_does_not_fit_is_named(source, tmp_path, options, limit, file):
-    command = [sys.executable, ROOT / "scripts" / "convert_checkpoint.py", source, tmp_path / "target", *options]
-    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited)
-    last = result.stderr.splitlines()[-1]
-    assert result.returncode == 1 and last.startswith(f"{tmp_path}/target.partial/{file}"), result.stderr
-    assert "File too large" in last
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        last = refused(source, tmp_path / "target", *options).splitlines()[-1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert last.startswith(f"{tmp_path}/target.partial/{file}") and "File too large" in last, last
     converted(source, tmp_path / "target", *options)
 
 
