@@ -37,10 +37,10 @@ PICTURES = ("pixel_values", "patch_pixel_values", "num_patches")
 needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 
 
-def run(script: str, *arguments, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
-    """Runs one of the scripts, wherever it lies, as from a shell in `folder`."""
+def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    """Runs one of the scripts, in whichever folder it is, as from a shell."""
     command = [sys.executable, str(next((ROOT / "scripts").rglob(script))), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
 
 
 def cache_of(output):
