@@ -123,10 +123,10 @@ def directory(random_model_dir, tmp_path) -> Path:
     return target
 
 
-def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path):
-    listed = push(directory, REPO, "--dry-run")
-    assert listed.returncode == 0 and hub.is_private is None, listed.stderr
-    assert "Warning: vLLM" in listed.stderr and "224 and 112 px" in listed.stderr
+def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path, capsys):
+    assert push_to_hub.main([str(directory), REPO, "--dry-run"]) == 0
+    listed = capsys.readouterr()
+    assert "Warning: vLLM" in listed.err and "224 and 112 px" in listed.err
 
     hub.broken = True
     result = push(directory, REPO, "--private")
@@ -135,7 +135,7 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path):
     result = push(directory, REPO, "--private")
     assert result.returncode == 0 and hub.is_private, result.stderr
     assert hub.files == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
-    lines = [line.split() for line in listed.stdout.splitlines()[:-1]]
+    lines = [line.split() for line in listed.out.splitlines()[:-1]]
     sizes = {name: len(content) for name, content in hub.files.items()}
     assert {name: int(size.replace(",", "")) for size, name in lines} == sizes
 
@@ -246,7 +246,7 @@ def test_what_is_no_secret_goes_up(tmp_path, capsys):
         assert not [kind for kind, pattern in push_to_hub.SECRETS.items() if re.search(pattern, line)], line
 
 
-def test_everything_that_must_not_go_up_is_named(hub, push, directory):
+def test_everything_that_must_not_go_up_is_named(directory, capsys):
     (directory / ".env").write_text("PASSWORD=1")
     (directory / "training_args.bin").write_bytes(b"\x80\x04.")
     with (directory / "modeling_step3.py").open("a") as file:
@@ -254,8 +254,8 @@ def test_everything_that_must_not_go_up_is_named(hub, push, directory):
     (directory / "README.md").write_text("# Mine\n\ntoken: hf_" + "a" * 34)
     foreign = {"AutoModel": "someone/else--modeling_step3.Step3VLModel"}
     edit_json(directory / "config.json", lambda config: config["auto_map"].update(foreign))
-    result = push(directory, REPO)
-    assert result.returncode == 1 and hub.is_private is None
+    assert push_to_hub.main([str(directory), REPO]) == 1
+    told = capsys.readouterr().err
     for text in (
         ".env: is no part of a model",
         "training_args.bin: is no part",
@@ -263,5 +263,5 @@ def test_everything_that_must_not_go_up_is_named(hub, push, directory):
         "README.md: line 3 looks like a Hugging Face token",
         "`auto_map` must name modeling_step3.Step3VLModel for AutoModel, got 'someone/else--",
     ):
-        assert text in result.stderr, (text, result.stderr)
-    assert len(result.stderr.splitlines()) == 5 and "a" * 34 not in result.stderr
+        assert text in told, (text, told)
+    assert len(told.splitlines()) == 5 and "a" * 34 not in told
