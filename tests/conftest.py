@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from logging import Handler, getLogger
@@ -11,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # everything the tests load is on disk
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the processors
     os.environ["OMP_NUM_THREADS"] = str(max(os.cpu_count() // int(workers), 1))
 ROOT = Path(__file__).parents[1]
+GOLDENS = ROOT / "tests" / "goldens"
 # The environment with vLLM, of the tests that are marked `engines`.
 VLLM_HOME = Path(os.environ["STEP3_ENGINES"]).resolve() if os.environ.get("STEP3_ENGINES") else None
 sys.path[:0] = [str(ROOT / "scripts" / folder) for folder in ("", "tiny", "develop")]
@@ -31,6 +33,7 @@ assert Path(step3_vl.__file__).resolve().parent == ROOT, f"`pip install --editab
 logging.disable_progress_bar()
 
 IMAGE_TOKEN = 7
+PICTURES = ("pixel_values", "patch_pixel_values", "num_patches")
 needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 
 
@@ -56,13 +59,70 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor):
     at the size of the largest value.
     """
     if not isinstance(actual, torch.Tensor):
-        assert len(actual) == len(expected)
-        for pair in zip(actual, expected):
+        for pair in zip(actual, expected, strict=True):
             assert_close(*pair)
         return
     size = float(expected.detach().abs().max())
     atol = (LONGEST_SUM * PRODUCTS) ** 0.5 * torch.finfo(expected.dtype).eps * size
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def assert_same_tensors(first: dict, second: dict):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype, name
+        assert torch.equal(first[name], second[name]), name
+
+
+def assert_same_files(directory: Path, other: Path):
+    names = {path.name for path in directory.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    assert [name for name in names if (directory / name).read_bytes() != (other / name).read_bytes()] == []
+
+
+def weights_in(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a directory, by their names on disk."""
+    return {name: tensor for path in directory.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def one_by_one(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights, with every expert's under names of their own."""
+    single = {}
+    for name, tensor in weights.items():
+        layer, is_moe, rest = name.partition(".moe.")
+        if is_moe and "_proj.weight" in rest:
+            single |= {f"{layer}.moe.experts.{number}.{rest}": part.clone() for number, part in enumerate(tensor)}
+        else:
+            single[name] = tensor
+    return single
+
+
+def with_original_names(source: Path, directory: Path) -> Path:
+    """The same checkpoint in one file, under the names that the original remote code saved."""
+
+    def original(name: str) -> str:
+        if name.startswith("model."):
+            return name.replace("model.", "model.language_model.", 1)
+        return name if name.startswith("lm_head") else f"model.{name}"
+
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {original(name): tensor for name, tensor in weights_in(source).items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def load_whole(model_class, directory: Path | None, **options):
+    """A model of which nothing is missing in a directory, which holds nothing else."""
+    model, report = model_class.from_pretrained(directory, output_loading_info=True, **options)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+def edit_json(path: Path, change) -> None:
+    """Changes the object in a JSON file, in place."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:
@@ -130,63 +190,56 @@ def small_batch(model) -> dict[str, torch.Tensor]:
     }
 
 
+def pictures_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: batch[name] for name in PICTURES}
+
+
 def row_alone(batch: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     """What `small_batch` holds of one row, without padding."""
     real = batch["attention_mask"][row].bool()
     alone = {"input_ids": batch["input_ids"][row, real][None], "attention_mask": torch.ones(1, int(real.sum())).long()}
-    pictures, patches = {1: (slice(0, 1), slice(0, 2)), 2: (slice(1, 3), slice(2, 3))}.get(row, (None, None))
-    if pictures is not None:
-        alone["pixel_values"] = batch["pixel_values"][pictures]
-        alone["num_patches"] = batch["num_patches"][pictures]
-        alone["patch_pixel_values"] = batch["patch_pixel_values"][patches]
+    if row > 0:
+        pictures, patches = ((slice(0, 1), slice(0, 2)), (slice(1, 3), slice(2, 3)))[row - 1]
+        places = dict(zip(PICTURES, (pictures, patches, pictures)))
+        alone |= {name: batch[name][place] for name, place in places.items()}
     return alone
 
 
 def make_fp8_checkpoint(directory: Path, *overrides: str, block: tuple[int, int] = (128, 128)) -> Path:
-    """A random checkpoint as the fp8 release has it, in several files; few of its sizes are multiples of 128."""
-    height, width = block
+    """
+    A random checkpoint as the fp8 release has it, in several files: the scales lie in another file than their weights,
+    and the vision encoder in a third. Few of its sizes are multiples of 128, and `wq` is not in fp8.
+    """
+    from block_fp8 import choose_scales, quantize
     from make_random_model import make_random_model
 
     overrides = ["hidden_size=200", "moe_intermediate_size=136", "initializer_range=0.05", *overrides]
     make_random_model(directory, [f"text_config.{override}" for override in overrides], dtype="bfloat16")
-    quantised = {}
+    files = [{}, {}, {}]
     for name, weight in load_file(directory / "model.safetensors").items():
-        quantised[name] = weight
-        if not re.fullmatch(r"model\.layers\..*_proj\.weight", name):
-            continue
-        rows, columns = weight.shape[-2:]
-        blocks = torch.zeros(*weight.shape[:-2], -(-rows // height) * height, -(-columns // width) * width)
-        blocks[..., :rows, :columns] = weight.float()
-        blocks = blocks.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
-        scale = blocks.abs().amax((-1, -3)) / torch.finfo(torch.float8_e4m3fn).max
-        blocks = (blocks / scale[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
-        quantised[name] = blocks[..., :rows, :columns].contiguous().to(torch.float8_e4m3fn)
-        quantised[f"{name}_scale_inv"] = scale
-    # The scales lie in another file than their weights, and the vision encoder in a third.
-    files = {"1": {}, "2": {}, "3": {}}
-    for name, tensor in quantised.items():
-        files["3" if name.startswith("vi") else "2" if name.endswith("_inv") else "1"][name] = tensor
-    index = {"metadata": {"total_size": 0}, "weight_map": {}}
-    for number, tensors in files.items():
+        if re.fullmatch(r"model\.layers\..*_proj\.weight", name):
+            matrices = weight.float().view(-1, *weight.shape[-2:])
+            scales = torch.stack([choose_scales(matrix, block) for matrix in matrices])
+            weight = torch.stack([quantize(*pair, block) for pair in zip(matrices, scales)]).view(weight.shape)
+            files[1][f"{name}_scale_inv"] = scales.view(*weight.shape[:-2], *scales.shape[-2:])
+        files[2 if name.startswith("vi") else 0][name] = weight
+    weight_map = {}
+    for number, tensors in enumerate(files, start=1):
         file = f"model-0000{number}-of-00003.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        index["weight_map"] |= dict.fromkeys(tensors, file)
+        weight_map |= dict.fromkeys(tensors, file)
     (directory / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    quantization = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    edit_json(directory / "config.json", lambda config: config.update(quantization_config=quantization))
     return directory
 
 
 def dequantised(directory: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """What an fp8 checkpoint stands for, each element times the scale of its block."""
     block = json.loads((directory / "config.json").read_text())["quantization_config"]["weight_block_size"]
-    tensors = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    tensors = weights_in(directory)
     plain = {name: tensor.to(dtype) for name, tensor in tensors.items() if not name.endswith("_scale_inv")}
     for name, weight in tensors.items():
         if f"{name}_scale_inv" in tensors:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close, row_alone, small_batch, small_config, small_model
+from conftest import assert_close, pictures_of, row_alone, small_batch, small_config, small_model
 from transformers import DynamicCache, StaticCache
 
 from step3_vl import Step3BoundedCache
@@ -11,6 +11,16 @@ from step3_vl import Step3BoundedCache
 pytestmark = pytest.mark.releases
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+@torch.no_grad()
+def logits_of_seen(model, ids, seen, **pictures) -> torch.Tensor:
+    """The whole sequence at once, with a mask of the tokens that each token attends to."""
+    mask = seen
+    if model.config._attn_implementation == "eager":
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = torch.arange(ids.shape[1])[None]
+    return model(ids, attention_mask=mask, position_ids=positions, **pictures, use_cache=False).logits
 
 
 def test_it_gives_the_answers_of_a_dynamic_cache(model, batch):
@@ -27,50 +37,48 @@ def test_it_gives_the_answers_of_a_dynamic_cache(model, batch):
         assert torch.equal(model.generate(**inputs, **GREEDY, **options, cache=cache), expected)
 
 
-@torch.no_grad()
-def test_more_than_fits_is_refused_before_any_layer_is_touched(model):
-    cache = Step3BoundedCache(model.config, max_length=6)
-    ids = torch.arange(20, 26)[None]
-    model(ids[:, :4], cache=cache)
-    before = [layer.keys.clone() for layer in cache.layers]
-    with pytest.raises(ValueError, match="4 cached and 3 new tokens are more than the 6 tokens of the cache"):
-        model(torch.arange(3)[None] + 11, cache=cache)
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
-    assert_close(model(ids[:, 4:], cache=cache).logits, model(ids).logits[:, 4:])
-    cache.reclaim(1000)
-    assert cache.layers[0].num_held == 6
-    with pytest.raises(ValueError, match="At least 1 token must be kept, got 0"):
-        cache.reclaim(0)
-    Step3BoundedCache(model.config, 6).reclaim(3)  # of none
-    cache.reclaim(2)
-    with pytest.raises(ValueError, match="3 tokens cannot be removed: 2 are held, the others were dropped"):
-        cache.crop(-3)
-    making_room = Step3BoundedCache(model.config, 6, keep=2)
-    model(ids, cache=making_room)
-    with pytest.raises(ValueError, match="`attention_mask` must have the shape"):
-        model(ids[:, :1], cache=making_room, attention_mask=torch.ones(1, 3).long())
-    assert making_room.layers[0].num_held == 6  # what is refused drops nothing
-    with pytest.raises(ValueError, match="7 new tokens do not fit in a cache of 6"):
-        model(torch.arange(20, 27)[None], cache=making_room)
-
-
 @pytest.mark.defect(13)
-@pytest.mark.parametrize("limit", ["cache", "positions"])
+@pytest.mark.parametrize("limit", ["bounded", "static", "positions"])
 @torch.no_grad()
-def test_neither_a_static_cache_nor_the_positions_are_overrun(model, limit):
+def test_neither_a_cache_nor_the_positions_are_overrun(model, limit):
     ids = torch.tensor([[11, 12, 13, 14, 15, 16], [21, 22, 23, 24, 25, 26]])
-    cache, message = StaticCache(model.config, max_cache_len=6), "all tokens of the cache are taken"
-    if limit == "positions":
+    message = "6 cached and 1 new tokens"
+    if limit == "bounded":
+        cache = Step3BoundedCache(model.config, max_length=6)
+    elif limit == "static":
+        cache, message = StaticCache(model.config, max_cache_len=6), "all tokens of the cache are taken"
+    else:
         model = small_model(small_config(text={"max_position_embedding": 6}))
-        cache, message = DynamicCache(config=model.config), "6 cached and 1 new tokens"
+        cache = DynamicCache(config=model.config)
     model(ids[:, :5], cache=cache)
     with pytest.raises(ValueError, match="5 cached and 2 new tokens are more than the 6"):
         model(ids[:, :2], cache=cache)
     assert_close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
-    keys = cache.layers[0].keys.clone()
+    keys = [layer.keys.clone() for layer in cache.layers]
     with pytest.raises((ValueError, RuntimeError), match=message):
         model(ids[:, :1], cache=cache)
-    assert torch.equal(cache.layers[0].keys, keys) and int(cache.get_seq_length()) == 6
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(cache.layers, keys))
+    assert int(cache.get_seq_length()) == 6
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused(model):
+    ids = torch.arange(20, 26)[None]
+    full, cut, making_room = (Step3BoundedCache(model.config, 6, keep=keep) for keep in (None, None, 2))
+    for cache in (full, cut, making_room):
+        model(ids, cache=cache)
+    full.reclaim(1000)
+    cut.reclaim(2)
+    Step3BoundedCache(model.config, 6).reclaim(3)  # of none
+    for message, call in (
+        ("At least 1 token must be kept, got 0", lambda: full.reclaim(0)),
+        ("3 tokens cannot be removed: 2 are held, the others were dropped", lambda: cut.crop(-3)),
+        ("`attention_mask` must have", lambda: model(ids[:, :1], cache=making_room, attention_mask=torch.ones(1, 3))),
+        ("7 new tokens do not fit in a cache of 6", lambda: model(torch.arange(20, 27)[None], cache=making_room)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert full.layers[0].num_held == making_room.layers[0].num_held == 6  # what is refused drops nothing
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -79,30 +87,23 @@ def test_neither_a_static_cache_nor_the_positions_are_overrun(model, limit):
 def test_a_reclaimed_cache_answers_as_a_full_one_with_the_older_tokens_masked(attention, kept):
     model = small_model(attn_implementation=attention)
     batch = small_batch(model)
-    length = batch["input_ids"].shape[1]
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    length = ids.shape[1]
     cache = Step3BoundedCache(model.config, max_length=length)
     model(**batch, cache=cache)
     full = sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers)
     cache.reclaim(kept)
     assert sum(layer.keys.untyped_storage().nbytes() for layer in cache.layers) * length == full * kept
     assert cache.get_seq_length() == length
-    ids = batch["input_ids"]
-    mask = batch["attention_mask"]
-    # The whole sequence anew; from the first new token on, what is older than the kept ones is not attended to.
+    # From the first new token on, what is older than the kept ones is not attended to.
     for new in (torch.tensor([[41, 42], [43, 44], [45, 46]]), torch.tensor([[51], [52], [53]])):
-        ids = torch.cat([ids, new], 1)
-        mask = torch.cat([mask, torch.ones_like(new)], 1)
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
         total = ids.shape[1]
         rows, columns = torch.arange(total)[:, None], torch.arange(total)[None]
-        seen = (columns <= rows) & ((rows < length) | (columns >= length - kept))
-        seen = seen[None, None] & mask.bool()[:, None, None]
-        additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-        if attention == "sdpa":
-            additive = seen | torch.eye(total, dtype=torch.bool)  # padding attends to itself
-        positions = torch.arange(total)[None]
-        pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
-        expected = model(ids, attention_mask=additive, position_ids=positions, **pictures, use_cache=False).logits
-        logits = model(new, attention_mask=mask, cache=cache, position_ids=positions[:, -new.shape[1] :]).logits
+        seen = (columns <= rows) & ((rows < length) | (columns >= length - kept)) & mask.bool()[:, None, None]
+        expected = logits_of_seen(model, ids, seen | (rows == columns), **pictures_of(batch))  # padding sees itself
+        positions = torch.arange(total)[None, -new.shape[1] :]
+        logits = model(new, attention_mask=mask, cache=cache, position_ids=positions).logits
         assert_close(logits, expected[:, -new.shape[1] :])
     cache.crop(-1)
     assert cache.get_seq_length() == total - 1 and cache.layers[0].keys.shape[2] == kept + 2
@@ -145,20 +146,15 @@ def test_a_cache_that_makes_room_by_itself_lets_an_answer_go_on(attention):
     model = small_model(attn_implementation=attention)
     inputs = row_alone(small_batch(model), 2)
     cache = Step3BoundedCache(model.config, 16, keep=9)
-    output = model.generate(**inputs, max_new_tokens=160, min_new_tokens=160, do_sample=False, cache=cache)
+    output = model.generate(**inputs, max_new_tokens=60, min_new_tokens=60, do_sample=False, cache=cache)
     length, total = inputs["input_ids"].shape[1], output.shape[1]
-    assert total == length + 160 and cache.layers[0].num_held <= 16
+    assert total == length + 60 and cache.layers[0].num_held <= 16
 
-    seen, first = torch.zeros(total, total, dtype=torch.bool), 0
+    seen, first = torch.zeros(1, 1, total, total, dtype=torch.bool), 0
     for position in range(total):
         if position >= length and position + 1 - first > 16:  # no room for this token
             first = position - 9
-        seen[position, first : position + 1] = True
-    pictures = {name: inputs[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
-    mask = seen[None, None]
-    if attention == "eager":
-        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        logits = model(output, attention_mask=mask, **pictures, use_cache=False).logits[0, length - 1 : -1]
+        seen[..., position, first : position + 1] = True
+    logits = logits_of_seen(model, output, seen, **pictures_of(inputs))[0, length - 1 : -1]
     logits[:, [model.config.text_config.eos_token_id, model.config.image_token_id]] = -torch.inf
     assert torch.equal(logits.argmax(-1), output[0, length:])

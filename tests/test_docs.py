@@ -65,5 +65,7 @@ def test_a_page_begins_with_a_command(page):
     assert fence and fence["language"] == "bash"
 
 
-def test_the_readme_is_short():
-    assert len(PAGES[0].read_text().splitlines()) <= 120
+def test_the_readme_is_short_and_names_the_two_commands():
+    text = PAGES[0].read_text()
+    assert len(text.splitlines()) <= 120
+    assert re.findall(r"(?m)^bash scripts/\w+\.sh", text) == ["bash scripts/demo.sh", "bash scripts/test.sh"]

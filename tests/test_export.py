@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import PICTURES, run
 
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -23,24 +23,18 @@ def test_the_parts_answer_together_in_onnxruntime(tmp_path):
         return session.run(None, {session.get_inputs()[0].name: argument})[0]
 
     sessions, processor = {}, AutoProcessor.from_pretrained(TINY)
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     end = processor.tokenizer.convert_tokens_to_ids("<|EOT|>")
     for layout in ("square", "wide"):  # without patches and with them
         scene = draw_scene(2 * 10**9 + 3, layout)
         for question, answer in scene.questions.values():
             content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="np",
-            )
+            messages = [{"role": "user", "content": content}]
+            inputs = processor.apply_chat_template(messages, return_tensors="np", **options)
             # One picture: its patches' features come first.
             features = [part("patch_encoder", inputs["patch_pixel_values"])] if layout == "wide" else []
-            features = [
-                rows.reshape(-1, rows.shape[-1])
-                for rows in [*features, part("picture_encoder", inputs["pixel_values"])]
-            ]
+            features.append(part("picture_encoder", inputs["pixel_values"]))
+            features = [rows.reshape(-1, rows.shape[-1]) for rows in features]
             embeddings = part("embeddings", inputs["input_ids"])
             embeddings[inputs["input_ids"] == processor.image_token_id] = np.concatenate(features)
             tokens = []
@@ -51,16 +45,13 @@ def test_the_parts_answer_together_in_onnxruntime(tmp_path):
 
 
 def test_all_pictures_are_one_program_for_any_number_of_patches():
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(TINY).model.eval(),
-        AutoProcessor.from_pretrained(TINY),
-    )
-    model.max_encoder_bytes = {"cuda": 2**62}
+    model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    model.model.max_encoder_bytes = {"cuda": 2**62}
 
     class Pictures(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model = model.model.eval()
 
         def forward(self, pixel_values, patch_pixel_values, num_patches):
             return torch.cat(self.model.get_image_features(pixel_values, patch_pixel_values, num_patches).pooler_output)
@@ -68,7 +59,7 @@ def test_all_pictures_are_one_program_for_any_number_of_patches():
     def pictures(*layouts: str) -> tuple[torch.Tensor, ...]:
         images = [draw_scene(i, layout).image for i, layout in enumerate(layouts)]
         inputs = processor.image_processor(images, return_tensors="pt")
-        return inputs["pixel_values"], inputs["patch_pixel_values"], inputs["num_patches"]
+        return tuple(inputs[name] for name in PICTURES)
 
     dynamic = ({0: torch.export.Dim.DYNAMIC},) * 3
     program = torch.export.export(Pictures(), pictures("wide", "tall"), dynamic_shapes=dynamic).module()

@@ -3,19 +3,18 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import convert_checkpoint
 import pytest
 import torch
-from conftest import ROOT, dequantised, make_fp8_checkpoint
+from conftest import assert_same_files, assert_same_tensors, edit_json, load_whole, make_fp8_checkpoint, weights_in
+from describe import TINY
+from evaluate_tiny import answer_scenes, fresh_scenes
 from make_random_model import make_random_model
-from safetensors.torch import load_file, save_file
-from test_convert import convert, converted, weights
-from test_saving import assert_same_tensors
+from safetensors.torch import save_file
+from test_convert import convert, converted
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 
 SIZES = ["hidden_size=200", "intermediate_size=264", "moe_intermediate_size=136", "initializer_range=0.05"]
@@ -48,7 +47,7 @@ def float32(tmp_path_factory) -> Path:
     """A checkpoint in float32 few of whose widths are multiples of 128."""
     directory = tmp_path_factory.mktemp("float32") / "model"
     make_random_model(directory, [f"text_config.{size}" for size in SIZES])
-    tensors = load_file(directory / "model.safetensors")
+    tensors = weights_in(directory)
     assert tensors[IN_BLOCKS].shape == (264, 200)
     save_file({**tensors, IN_BLOCKS: special_blocks()}, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -64,40 +63,28 @@ def spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return scale[..., rows, :][..., columns]
 
 
-def assert_same_files(directory: Path, other: Path):
-    names = {path.name for path in directory.iterdir()}
-    assert names == {path.name for path in other.iterdir()}
-    assert [name for name in names if (directory / name).read_bytes() != (other / name).read_bytes()] == []
-
-
 @pytest.mark.parametrize("options", [["--max-shard-size", "200KB"], ["--text-only"], ["--layers", "0-1"]])
 def test_what_the_release_has_in_fp8_and_nothing_else(float32, tmp_path, options):
     target = converted(float32, tmp_path / "target", "--dtype", "fp8", "--verify", *options)
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target).returncode == 0
     assert convert(target, "--check").returncode == 0
-    found, plain = weights(target), converted(float32, tmp_path / "plain", "--dtype", "bfloat16", *options)
-    expected = dict(weights(plain))
-    for name, weight in weights(plain).items():
-        if re.search(r"layers\.\d+\.(self_attn\.(q|k|v|o)_proj|self_attn\.wq|(mlp|moe|share_expert)\.\w+_proj)", name):
-            *experts, rows, columns = weight.shape
-            scale = found.pop(f"{name}_scale_inv")
-            assert scale.dtype == torch.float32 and list(scale.shape) == [*experts, -(-rows // 128), -(-columns // 128)]
-            assert found.pop(name).dtype == torch.float8_e4m3fn
-            del expected[name]
-    assert len(weights(plain)) - len(expected) > 10
+    plain = converted(float32, tmp_path / "plain", "--dtype", "bfloat16", *options)
+    found, expected = weights_in(target), weights_in(plain)
+    in_fp8 = r"layers\.\d+\.(self_attn\.(q|k|v|o)_proj|self_attn\.wq|(mlp|moe|share_expert)\.\w+_proj)\.weight"
+    names = [name for name in expected if re.search(in_fp8, name)]
+    assert len(names) > 10
+    for name in names:
+        *experts, rows, columns = expected.pop(name).shape
+        scale = found.pop(f"{name}_scale_inv")
+        assert scale.dtype == torch.float32 and list(scale.shape) == [*experts, -(-rows // 128), -(-columns // 128)]
+        assert found.pop(name).dtype == torch.float8_e4m3fn
     assert_same_tensors(found, expected)
     config, before = (json.loads((path / "config.json").read_text()) for path in (target, plain))
-    assert config.pop("quantization_config") == {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    }
-    assert config == before
+    quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    assert config == {**before, "quantization_config": {**quantization, "weight_block_size": [128, 128]}}
 
 
 def test_every_weight_is_the_nearest_number(float32, fp8):
-    source, found = weights(float32), weights(fp8)
+    source, found = weights_in(float32), weights_in(fp8)
     for name, weight in source.items():
         if f"{name}_scale_inv" not in found:
             continue
@@ -124,17 +111,18 @@ def test_there_and_back_again_are_the_same_bytes(fp8, tmp_path, monkeypatch, dty
     assert_same_files(converted(fp8, tmp_path / "copied", "--dtype", "fp8"), fp8)
 
 
-def quantised_by(directory: Path, change) -> Path:
-    """The block-fp8 checkpoint with each weight and its scales changed."""
-    for path in directory.glob("*.safetensors"):
-        if "_scale_inv" not in "".join(load_file(path)):
-            stored = load_file(path)
-            scales = load_file(directory / "model-00002-of-00003.safetensors")
-            for name in [name for name in stored if f"{name}_scale_inv" in scales]:
-                stored[name], scales[f"{name}_scale_inv"] = change(stored[name], scales[f"{name}_scale_inv"])
-            save_file(stored, path, metadata={"format": "pt"})
-            save_file(scales, directory / "model-00002-of-00003.safetensors", metadata={"format": "pt"})
+def quantised_by(source: Path, directory: Path, change) -> Path:
+    """A copy of a block-fp8 checkpoint, in one file, with each weight and its scales changed."""
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("model*"))
+    tensors = weights_in(source)
+    for name in [name for name in tensors if f"{name}_scale_inv" in tensors]:
+        tensors[name], tensors[f"{name}_scale_inv"] = change(tensors[name], tensors[f"{name}_scale_inv"])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def as_it_is(weight, scale):
+    return weight, scale
 
 
 def with_powers_of_two(weight, scale):
@@ -146,53 +134,45 @@ def with_other_scales(weight, scale):
     return weight, scale * torch.linspace(0.9, 1.1, scale.numel()).view(scale.shape)
 
 
-def test_what_others_quantised_comes_back(tmp_path):
-    source = make_fp8_checkpoint(tmp_path / "usual")  # largest / 448
-    for name, change in {"usual": None, "powers": with_powers_of_two, "others": with_other_scales}.items():
-        if change:
-            source = quantised_by(Path(shutil.copytree(tmp_path / "usual", tmp_path / name)), change)
-        plain = converted(source, tmp_path / f"{name}-bfloat16", "--dtype", "bfloat16")
-        again = converted(plain, tmp_path / f"{name}-again", "--dtype", "fp8")
-        before, found = weights(source), weights(again)
-        for weight in (key.removesuffix("_scale_inv") for key in before if key.endswith("_scale_inv")):
-            scales = before[f"{weight}_scale_inv"], found[f"{weight}_scale_inv"]
-            if name == "usual":
-                assert_same_tensors({"": found[weight], "s": scales[1]}, {"": before[weight], "s": scales[0]})
-            elif name == "powers":  # 224 and the next power, or 448 and this one: the same number
-                values = [w[weight].float() * spread(s, w[weight].shape) for w, s in zip((before, found), scales)]
-                assert torch.equal(*values) and ((scales[0] / scales[1] == 1) | (scales[0] / scales[1] == 2)).all()
-            else:
-                assert torch.equal(found[weight].view(torch.uint8), before[weight].view(torch.uint8)), weight
-                assert ((scales[1] / scales[0] - 1).abs() < 2**-8).all()
+@pytest.mark.parametrize("change", [as_it_is, with_powers_of_two, with_other_scales])
+def test_what_others_quantised_comes_back(tmp_path, change):
+    source = quantised_by(make_fp8_checkpoint(tmp_path / "usual"), tmp_path / "source", change)
+    plain = converted(source, tmp_path / "bfloat16", "--dtype", "bfloat16")
+    found = weights_in(converted(plain, tmp_path / "again", "--dtype", "fp8"))
+    before = weights_in(source)
+    for weight in (key.removesuffix("_scale_inv") for key in before if key.endswith("_scale_inv")):
+        scales = before[f"{weight}_scale_inv"], found[f"{weight}_scale_inv"]
+        if change is with_powers_of_two:  # 224 and the next power, or 448 and this one: the same number
+            values = [w[weight].float() * spread(s, w[weight].shape) for w, s in zip((before, found), scales)]
+            assert torch.equal(*values) and ((scales[0] / scales[1] == 1) | (scales[0] / scales[1] == 2)).all()
+        else:
+            assert torch.equal(found[weight].view(torch.uint8), before[weight].view(torch.uint8)), weight
+            assert ((scales[1] / scales[0] - 1).abs() < (2**-8 if change is with_other_scales else 1e-9)).all()
 
 
 def test_fp8_of_another_layout_becomes_the_released_one(tmp_path):
     source = make_fp8_checkpoint(tmp_path / "source")
-    adopted = converted(source, tmp_path / "adopted", "--dtype", "fp8")
-    plain, found = dequantised(source, torch.bfloat16), weights(adopted)
+    before, found = weights_in(source), weights_in(converted(source, tmp_path / "released", "--dtype", "fp8"))
     assert "model.layers.0.self_attn.wq.weight_scale_inv" in found  # the source has that in bfloat16
-    for name, tensor in weights(source).items():
+    for name, tensor in before.items():
         if tensor.dtype == torch.float8_e4m3fn or name.endswith("_scale_inv"):
             assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    quantised_by(source, lambda weight, scale: (weight, scale.bfloat16()))
-    scales = {name: scale.float() for name, scale in weights(source).items() if name.endswith("_scale_inv")}
-    found = weights(converted(source, tmp_path / "float32", "--dtype", "fp8"))
+    # Scales in bfloat16, then blocks of 256 by 256.
+    other = quantised_by(source, tmp_path / "bfloat16", lambda weight, scale: (weight, scale.bfloat16()))
+    scales = {name: scale.float() for name, scale in weights_in(other).items() if name.endswith("_scale_inv")}
+    found = weights_in(converted(other, tmp_path / "float32", "--dtype", "fp8"))
     assert_same_tensors({name: found[name] for name in scales}, scales)
-    # Blocks of 256 by 256.
-    quantised_by(source, lambda weight, scale: (weight, scale[..., ::2, ::2].contiguous()))
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"]["weight_block_size"] = [256, 256]
-    (source / "config.json").write_text(json.dumps(config))
-    again = converted(source, tmp_path / "again", "--dtype", "fp8")
-    wide = converted(source, tmp_path / "wide", "--dtype", "float32")
-    assert_same_tensors(weights(again), weights(converted(wide, tmp_path / "twice", "--dtype", "fp8")))
-    assert plain.keys() == weights(wide).keys()
+    other = quantised_by(source, tmp_path / "256", lambda weight, scale: (weight, scale[..., ::2, ::2].contiguous()))
+    edit_json(other / "config.json", lambda c: c["quantization_config"].update(weight_block_size=[256, 256]))
+    again = converted(other, tmp_path / "again", "--dtype", "fp8")
+    wide = converted(other, tmp_path / "wide", "--dtype", "float32")
+    assert_same_tensors(weights_in(again), weights_in(converted(wide, tmp_path / "twice", "--dtype", "fp8")))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_refused_before_anything_is_written(float32, tmp_path, value):
     source = Path(shutil.copytree(float32, tmp_path / "source"))
-    tensors = load_file(source / "model.safetensors")
+    tensors = weights_in(source)
     for name in ("model.layers.1.moe.up_proj.weight", "lm_head.weight"):
         tensors[name].view(-1)[7] = value
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -204,24 +184,8 @@ def test_what_is_not_finite_is_refused_before_anything_is_written(float32, tmp_p
 
 
 def test_step3_tiny_in_fp8_answers_as_before(tmp_path):
-    from evaluate_tiny import answer_scenes, fresh_scenes
-
-    result = convert(ROOT / "checkpoints" / "step3-tiny", tmp_path / "tiny", "--dtype", "fp8")
+    result = convert(TINY, tmp_path / "tiny", "--dtype", "fp8")
     assert result.returncode == 0 and "`moe_intermediate_size` 64. transformers" in result.stderr
-    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny", output_loading_info=True)
-    assert not any(report.values()), report
-    answers = answer_scenes(model.eval(), AutoProcessor.from_pretrained(tmp_path / "tiny"), fresh_scenes(77, 6))
+    model = load_whole(AutoModelForImageTextToText, tmp_path / "tiny")
+    answers = answer_scenes(model, AutoProcessor.from_pretrained(tmp_path / "tiny"), fresh_scenes(77, 6))
     assert [answer for answer in answers if not answer.is_right] == []
-    model.save_pretrained(tmp_path / "saved")
-    assert_same_tensors(weights(tmp_path / "saved"), dequantised(tmp_path / "tiny", torch.bfloat16))
-
-
-def test_a_gpu_keeps_all_of_it_in_fp8(tmp_path, monkeypatch):
-    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **kwargs: None)
-    make_random_model(tmp_path / "model", ["text_config.hidden_size=256", "text_config.moe_intermediate_size=128"])
-    target = converted(tmp_path / "model", tmp_path / "target", "--dtype", "fp8")
-    model, report = AutoModelForImageTextToText.from_pretrained(target, output_loading_info=True)
-    assert not any(report.values()), report
-    on_disk = sum(tensor.numel() for tensor in weights(target).values() if tensor.dtype == torch.float8_e4m3fn)
-    in_memory = [weight for weight in model.state_dict().values() if weight.dtype == torch.float8_e4m3fn]
-    assert sum(weight.numel() for weight in in_memory) == on_disk > 0

@@ -5,16 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, make_fp8_checkpoint, small_batch, small_model
+from conftest import (
+    assert_close,
+    assert_same_tensors,
+    make_fp8_checkpoint,
+    one_by_one,
+    small_batch,
+    small_model,
+    weights_in,
+)
 from describe import TINY
 from evaluate_tiny import answer_scenes, fresh_scenes
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_saving import assert_same_tensors
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from step3_vl import Step3VLForConditionalGeneration
-from step3_vl.checkpoint_step3 import unstack_experts
 from step3_vl.experts_step3 import MappedExperts
 
 
@@ -51,8 +56,7 @@ def directory(request, tmp_path_factory) -> Path:
         return make_fp8_checkpoint(directory)
     small_model(dtype=torch.bfloat16).save_pretrained(directory)
     if request.param == "single":
-        tensors = unstack_experts(load_file(directory / "model.safetensors"))
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(one_by_one(weights_in(directory)), directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
 
@@ -74,9 +78,8 @@ def test_experts_are_views_of_the_files_and_equal_loaded_ones(directory):
 def test_saving_gives_the_same_tensors_and_leaves_the_mapped_file_whole(directory, tmp_path):
     model = mapped(directory)
     batch = inputs_for(model)
-    tensors = {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
     model.save_pretrained(tmp_path)
-    assert_same_tensors(load_file(tmp_path / "model.safetensors"), tensors)
+    assert_same_tensors(weights_in(tmp_path), weights_in(directory))
     for options in ({"experts_implementation": "mapped"}, {}):
         again = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32, **options)
         assert_close(again(**batch).logits, model.float()(**batch).logits)
@@ -126,11 +129,12 @@ def test_generates_the_same_tokens(options, tmp_path):
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_adapters_learn_as_with_loaded_experts(directory, is_checkpointed):
     """Weights that are cast or dequantised are not kept for the backward pass but fetched again."""
+    peft = pytest.importorskip("peft")
     gradients = []
     for options in ({"experts_implementation": "mapped"}, {"experts_implementation": "eager"}):
         model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, **options)
         targets = r".*(self_attn\.(\w_proj|wq)|share_expert\.\w+_proj|fc1)"
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets)).train()
+        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets)).train()
         set_seed(0)
         for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
             torch.nn.init.normal_(parameter, std=0.1)

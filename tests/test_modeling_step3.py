@@ -5,40 +5,31 @@ import math
 import random
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE_TOKEN, assert_close, cache_of, row_alone, small_batch, small_config, small_model
+from conftest import (
+    GOLDENS,
+    IMAGE_TOKEN,
+    assert_close,
+    cache_of,
+    pictures_of,
+    row_alone,
+    small_batch,
+    small_config,
+    small_model,
+    weights_in,
+)
 from reference import step3_logits
 from safetensors.torch import load_file
 from torch import nn
 from torch._inductor.utils import run_and_get_code
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    apply_activation_checkpointing,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapping
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from step3_vl import (
-    Step3BoundedCache,
-    Step3VLConfig,
-    Step3VLForConditionalGeneration,
-    Step3VLModel,
-    modeling_step3,
-)
+from step3_vl import Step3BoundedCache, Step3VLConfig, Step3VLForConditionalGeneration, Step3VLModel, modeling_step3
 from step3_vl.modeling_step3 import eager_attention_forward, share_key_value_heads, sum_products
-
-
-GOLDENS = Path(__file__).parent / "goldens"
-EXPERTS = ["eager", "batched_mm", "grouped_mm", "step3"]
-
-
-def weights_on_disk(model, directory) -> dict[str, torch.Tensor]:
-    model.save_pretrained(directory)
-    return load_file(directory / "model.safetensors")
 
 
 @pytest.fixture
@@ -78,42 +69,36 @@ def test_goldens(name, attention, experts):
 @pytest.mark.parametrize("seed", range(6))
 def test_random_configs_match_the_reference(seed, tmp_path):
     draw = random.Random(seed)
-    layers = draw.randint(1, 4)
-    head_dim, vision_heads = 2 * draw.randint(2, 12), draw.choice([1, 2, 4])
-    experts = draw.randint(2, 7)
-    config = small_config(
-        text={
-            "num_hidden_layers": layers,
-            "num_attention_heads": draw.randint(1, 7),
-            "head_dim": head_dim,
-            "share_q_dim": draw.randint(5, 50),
-            "hidden_size": 8 * draw.randint(2, 8),
-            "intermediate_size": draw.randint(10, 90),
-            "moe_num_experts": experts,
-            "moe_top_k": draw.randint(1, experts),
-            "moe_intermediate_size": 8 * draw.randint(1, 5),
-            "share_expert_dim": draw.randint(10, 60),
-            "norm_expert_weight": draw.random() < 0.5,
-            "moe_layers_enum": ",".join(str(i) for i in range(layers) if draw.random() < 0.6) or None,
-            "rope_theta": draw.choice([500000, 1000.0]),
-        },
-        vision={
-            "hidden_size": 8 * vision_heads * draw.randint(1, 3),
-            "num_attention_heads": vision_heads,
-            "num_hidden_layers": draw.randint(1, 3),
-            "output_hidden_size": draw.randint(4, 20),
-            "image_size": 112,
-            "layer_norm_eps": draw.choice([1e-5, 1e-2]),
-        },
-        understand_projector_stride=draw.choice([1, 2]),
-        projector_bias=draw.random() < 0.5,
-    )
-    model = small_model(config, seed=seed)
+    layers, experts, vision_heads = draw.randint(1, 4), draw.randint(2, 7), draw.choice([1, 2, 4])
+    text = {
+        "num_hidden_layers": layers,
+        "num_attention_heads": draw.randint(1, 7),
+        "head_dim": 2 * draw.randint(2, 12),
+        "share_q_dim": draw.randint(5, 50),
+        "hidden_size": 8 * draw.randint(2, 8),
+        "intermediate_size": draw.randint(10, 90),
+        "moe_num_experts": experts,
+        "moe_top_k": draw.randint(1, experts),
+        "moe_intermediate_size": 8 * draw.randint(1, 5),
+        "share_expert_dim": draw.randint(10, 60),
+        "norm_expert_weight": draw.random() < 0.5,
+        "moe_layers_enum": ",".join(str(i) for i in range(layers) if draw.random() < 0.6) or None,
+        "rope_theta": draw.choice([500000, 1000.0]),
+    }
+    vision = {
+        "hidden_size": 8 * vision_heads * draw.randint(1, 3),
+        "num_attention_heads": vision_heads,
+        "num_hidden_layers": draw.randint(1, 3),
+        "output_hidden_size": draw.randint(4, 20),
+        "layer_norm_eps": draw.choice([1e-5, 1e-2]),
+    }
+    stride, bias = draw.choice([1, 2]), draw.random() < 0.5
+    model = small_model(small_config(text, vision, understand_projector_stride=stride, projector_bias=bias), seed=seed)
     inputs = small_batch(model)
-    weights = weights_on_disk(model, tmp_path)
+    model.save_pretrained(tmp_path)
     with torch.no_grad():
         logits = model(**inputs).logits
-    expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights, **inputs)
+    expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights_in(tmp_path), **inputs)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[real].double(), expected[real], atol=1e-4, rtol=1e-4)
 
@@ -124,7 +109,8 @@ def test_gradients_match_the_reference(tmp_path):
     inputs = small_batch(model)
     inputs.update({k: v.double() for k, v in inputs.items() if v.is_floating_point()})
     real = inputs["attention_mask"].bool()
-    weights = {name: tensor.requires_grad_() for name, tensor in weights_on_disk(model, tmp_path).items()}
+    model.save_pretrained(tmp_path)
+    weights = {name: tensor.requires_grad_() for name, tensor in weights_in(tmp_path).items()}
     config = json.loads((tmp_path / "config.json").read_text())
     projection = torch.randn(97, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     (step3_logits(config, weights, **inputs)[real] @ projection).tanh().sum().backward()
@@ -139,7 +125,8 @@ def test_gradients_match_the_reference(tmp_path):
         gradients = Step3VLForConditionalGeneration._from_config(model.config, dtype=torch.float64)
         for target, source in zip(gradients.parameters(), model.parameters(), strict=True):
             target.data = source.grad
-        for name, gradient in weights_on_disk(gradients, tmp_path / "gradients").items():
+        gradients.save_pretrained(tmp_path / "gradients")
+        for name, gradient in weights_in(tmp_path / "gradients").items():
             # The position table is resized in float32, as the model does it.
             torch.testing.assert_close(
                 gradient, expected[name], atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -170,17 +157,15 @@ def test_batch_equals_rows_alone(attention):
 def test_token_by_token_equals_one_pass(cache, attention, not_compiled):
     model = small_model(attn_implementation={"": attention, "text_config": attention, "vision_config": "sdpa"})
     inputs = row_alone(small_batch(model), 2)
-    ids = inputs["input_ids"]
+    past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
     with torch.no_grad():
-        expected = model(**inputs).logits
-        first = model.get_image_features(*(inputs[k] for k in ("pixel_values", "patch_pixel_values", "num_patches")))
-        embeds = model.get_input_embeddings()(ids)
-        embeds[ids == IMAGE_TOKEN] = torch.cat(first.pooler_output)
-        past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
+        output = model(**inputs)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        embeds[inputs["input_ids"] == IMAGE_TOKEN] = output.image_hidden_states
         steps = [embeds[:, :3], embeds[:, 3:5], *embeds[:, 5:].split(1, dim=1)]
         masks = [torch.ones(1, n).long() if n % 2 else None for n in itertools.accumulate(x.shape[1] for x in steps)]
         logits = [model(inputs_embeds=x, attention_mask=mask, cache=past).logits for x, mask in zip(steps, masks)]
-    assert_close(torch.cat(logits, 1), expected)
+    assert_close(torch.cat(logits, 1), output.logits)
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -266,15 +251,12 @@ def test_sums_of_products_are_products(outputs, inputs):
 
 
 def test_a_compiled_token_passes_a_layer_that_was_replaced_or_has_hooks():
-    model = small_model(small_config())
-    ids = torch.tensor([[11]])
-    plain = model(ids).logits
-    layer = model.model.language_model.layers[0]
-    layer.mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
-    layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
+    model, ids = small_model().model.language_model, torch.tensor([[11]])
+    plain = model(ids)[0]
+    model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    model.layers[0].self_attn.o_proj = nn.Sequential(model.layers[0].self_attn.o_proj, nn.Tanh())
     with torch.no_grad():
-        expected = model(ids).logits
-        compiled = torch.compile(model, backend="eager")(ids).logits
+        expected, compiled = model(ids)[0], torch.compile(model, backend="eager")(ids)[0]
     assert not torch.allclose(expected, plain, atol=1e-2)
     assert_close(compiled, expected)
 
@@ -327,7 +309,7 @@ def test_layers_with_hooks_are_called(model, batch, monkeypatch):
 
 
 def test_pictures_are_encoded_in_parts_of_bounded_size(model, batch):
-    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    pictures = pictures_of(batch)
     rows = []
     hook = model.model.vision_model.register_forward_hook(lambda _, args, output: rows.append(output[0].shape[:2]))
     with torch.no_grad():
@@ -407,7 +389,7 @@ def test_recorded_outputs_of_the_vision_encoder(model, batch):
     """Its attention is switched without the decoder's."""
     expected = model(**batch).logits
     model.set_attn_implementation({"vision_config": "eager"})
-    pictures = {name: batch[name] for name in ("pixel_values", "patch_pixel_values", "num_patches")}
+    pictures = pictures_of(batch)
     output = model.get_image_features(**pictures, output_hidden_states=True, output_attentions=True)
     assert [tuple(features.shape) for features in output.pooler_output] == [(6, 48), (4, 48), (5, 48)]
     assert output.last_hidden_state.shape == (3, 64, 32)  # a row for each patch; four class rows stand before them
@@ -441,11 +423,10 @@ def test_packed_rows_are_the_rows(attention, options, not_compiled):
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_norms_and_softmaxes_are_taken_in_float32(experts):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_and_softmaxes_are_taken_in_float32(dtype, experts):
     class Types(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.seen = set()
+        seen = set()
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             output = func(*args, **(kwargs or {}))
@@ -453,70 +434,38 @@ def test_norms_and_softmaxes_are_taken_in_float32(experts):
                 self.seen.add((func.overloadpacket._qualified_op_name, output.dtype))
             return output
 
-    for dtype in (torch.bfloat16, torch.float16):
-        model = small_model(dtype=dtype, attn_implementation="eager", experts_implementation=experts)
-        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small_batch(model).items()}
-        with Types() as types:  # without gradients, the CPU and CUDA kernels round in the same way
-            model(**batch)
-        assert types.seen == {("aten::_softmax", torch.float32), ("aten::rsqrt", torch.float32)}
+    model = small_model(dtype=dtype, attn_implementation="eager", experts_implementation=experts)
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in small_batch(model).items()}
+    with Types() as types:  # without gradients, the CPU and CUDA kernels round in the same way
+        assert model(**batch).logits.isfinite().all()
+    assert types.seen == {("aten::_softmax", torch.float32), ("aten::rsqrt", torch.float32)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_half_precision_is_close_to_float32(attention, dtype):
-    """With the same weights. A token may be routed to another expert, so the median of the errors is what counts."""
-    model = small_model(dtype=dtype, attn_implementation=attention)
-    exact = small_model(attn_implementation=attention)
-    exact.load_state_dict({name: weight.float() for name, weight in model.state_dict().items()})
-    batch = small_batch(model)
-    real = batch["attention_mask"].bool()
-    with torch.no_grad():
-        errors = (model(**batch).logits.float() - exact(**batch).logits)[real].abs()
-        scale = exact(**batch).logits[real].abs().mean()
-        tokens = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    assert errors.isfinite().all() and errors.median() < 8 * torch.finfo(dtype).eps * scale
-    assert tokens.shape[1] == batch["input_ids"].shape[1] + 4
-
-
-def test_the_load_balancing_loss_is_refused_where_it_has_no_gradient(batch):
+def test_gradient_checkpointing_changes_nothing_or_is_refused(batch):
     model = small_model(small_config(text={"router_aux_loss_coef": 0.5})).train()
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # since 5.24
+    model.enable_input_require_grads()
     inputs = {**batch, "labels": batch["input_ids"], "use_cache": False}
-    gradients = []
-    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
-        if options is not None:
-            enable(options)
-        model.enable_input_require_grads()
-        model.zero_grad()
-        if options == {"use_reentrant": True}:
-            with pytest.raises(ValueError, match='no gradient: turn checkpointing on with .*"use_reentrant": False'):
-                model(**inputs, output_router_logits=True)
-            model(**inputs).loss.backward()  # without it, such checkpointing is right
-        else:
-            model(**inputs, output_router_logits=True).loss.backward()
-            gradients.append(model.model.language_model.layers[1].moe.gate.weight.grad.clone())
-    assert_close(*gradients)
-    # torch's own, which transformers does not know of
-    apply_activation_checkpointing(
-        model,
-        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
-        check_fn=lambda module: module in set(model.model.language_model.layers),
-    )
-    with pytest.raises(ValueError, match="no gradient: turn checkpointing on"):
-        model(**inputs, output_router_logits=True)
 
-
-def test_gradient_checkpointing_changes_nothing(model, batch):
     def gradients():
         model.zero_grad()
-        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+        model(**inputs, output_router_logits=True).loss.backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     expected = gradients()
-    model.train()
-    # Its name since 5.24, and before.
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    torch.testing.assert_close(gradients(), expected)
+    for options in ((), ({"use_reentrant": False},)):
+        enable(*options)
+        torch.testing.assert_close(gradients(), expected)
+    enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match='no gradient: turn checkpointing on with .*"use_reentrant": False'):
+        gradients()
+    model(**inputs).loss.backward()  # without that loss, such checkpointing is right
+    # torch's own, which transformers does not know of
+    wrapper = partial(wrapping.checkpoint_wrapper, checkpoint_impl=wrapping.CheckpointImpl.REENTRANT)
+    layers = set(model.model.language_model.layers)
+    wrapping.apply_activation_checkpointing(model, checkpoint_wrapper_fn=wrapper, check_fn=layers.__contains__)
+    with pytest.raises(ValueError, match="no gradient: turn checkpointing on"):
+        gradients()
 
 
 @pytest.mark.defect(17)
@@ -531,15 +480,13 @@ def test_a_model_from_scratch_is_initialised_and_learns():
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name
         assert parameter.ndim == 1 or name.endswith("bias") or 0.01 < parameter.std() < 0.03, name
-    batch = small_batch(model)
+    batch, losses = small_batch(model), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
     for _ in range(40):
-        loss = model(**batch, labels=batch["input_ids"], output_router_logits=True).loss
-        loss.backward()
+        losses.append(model(**batch, labels=batch["input_ids"], output_router_logits=True).loss)
+        losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses
 
 
@@ -571,12 +518,10 @@ def test_grouped_mm_with_narrow_experts_is_refused_or_replaced(batch):
 
 def test_the_default_config_is_the_released_model():
     with torch.device("meta"):
-        model = Step3VLModel(Step3VLConfig())
-        head = 128815 * 7168
-    text = sum(parameter.numel() for parameter in model.language_model.parameters()) + head
-    total = sum(parameter.numel() for parameter in model.parameters()) + head
-    assert round(text / 1e9, 1) == 316.3
-    assert 320.5e9 < total < 321.5e9
+        model = Step3VLForConditionalGeneration(Step3VLConfig())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    vision = sum(parameter.numel() for name, parameter in model.named_parameters() if ".vi" in name)
+    assert round((total - vision) / 1e9, 1) == 316.3 and 320.5e9 < total < 321.5e9
 
 
 @pytest.mark.defect(1)
@@ -592,16 +537,16 @@ def test_attention_dropout_is_for_training_alone(tower):
 
 
 @pytest.mark.defect(7, 16)
-def test_indices_of_experts_are_within_range():
+@pytest.mark.parametrize("wrong", [-1, 6])
+def test_indices_of_experts_are_within_range(wrong):
     """A caller's own, that is; those of the router cannot be otherwise."""
     experts = small_model().model.language_model.layers[1].moe.experts
-    for wrong in (-1, 6):
-        with pytest.raises(RuntimeError, match="Indices of experts must lie between 0 and 5"):
-            experts(torch.randn(3, 48), torch.tensor([[0, 1], [2, wrong], [3, 4]]), torch.ones(3, 2))
+    with pytest.raises(RuntimeError, match="Indices of experts must lie between 0 and 5"):
+        experts(torch.randn(3, 48), torch.tensor([[0, 1], [2, wrong], [3, 4]]), torch.ones(3, 2))
 
 
 @pytest.mark.defect(26)
-@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm", "step3"])
 def test_only_chosen_experts_run(experts):
     model = small_model(experts_implementation=experts).model.language_model
     ids = torch.tensor([[11, 12, 13]])
@@ -627,12 +572,8 @@ def test_queries_must_go_with_keys(wrap):
 @pytest.mark.defect(15)
 def test_modules_hold_weights_and_no_state(model, batch):
     def contents():
-        return {
-            (name, key): value
-            for name, module in model.named_modules()
-            for key, value in vars(module).items()
-            if not key.startswith("_")
-        }
+        modules = model.named_modules()
+        return {(name, key): x for name, module in modules for key, x in vars(module).items() if key[0] != "_"}
 
     model(**batch)  # once, for what transformers itself notes down
     before = contents()

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import assert_close, row_alone, small_batch, small_model
+from conftest import assert_close, assert_same_tensors, row_alone, small_batch, small_model
 from safetensors.torch import load_file
-from test_saving import assert_same_tensors
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 

@@ -1,21 +1,14 @@
 """Quantisers that take `nn.Linear` alone, on step3-tiny's right answers."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, assert_same_tensors, edit_json, load_whole, one_by_one, weights_in
 from describe import TINY
 from evaluate_tiny import answer_scenes, fresh_scenes
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BitsAndBytesConfig,
-    QuantoConfig,
-    TorchAoConfig,
-)
+from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from step3_vl import Step3VLForConditionalGeneration
 
@@ -58,57 +51,30 @@ def share_right(model, processor, scenes) -> float:
 
 def test_linear_experts_are_the_stacked_ones(tmp_path):
     stacked = AutoModelForImageTextToText.from_pretrained(TINY)
-    linear, report = AutoModelForImageTextToText.from_pretrained(
-        TINY, experts_implementation="linear", output_loading_info=True
-    )
-    assert not any(report.values()), report
+    linear = load_whole(AutoModelForImageTextToText, TINY, experts_implementation="linear")
     layers = [
         name for name, module in linear.named_modules() if type(module) is torch.nn.Linear and ".experts." in name
     ]
     assert len(layers) == 3 * 8 * 3
-    assert_close(logits(linear), logits(stacked))
+    expected = logits(stacked)
+    assert_close(logits(linear), expected)
 
     # Saved as released, also from a state dict; read from files of either kind and from state dicts of either names.
-    released = load_file(TINY / "model.safetensors")
     for state_dict in (None, linear.state_dict()):
         linear.save_pretrained(tmp_path, state_dict=state_dict)
-        saved = load_file(tmp_path / "model.safetensors")
-        assert saved.keys() == released.keys() and all(torch.equal(saved[name], released[name]) for name in saved)
+        assert_same_tensors(weights_in(tmp_path), weights_in(TINY))
     assert "linear" not in (tmp_path / "config.json").read_text()
-    torch.save(saved, tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    torch.manual_seed(0)
-    fresh = Step3VLForConditionalGeneration._from_config(linear.config, experts_implementation="linear")
-    for state_dict in (linear.state_dict(), released):
+    fresh = Step3VLForConditionalGeneration._from_config(linear.config, experts_implementation="linear").eval()
+    for state_dict in (linear.state_dict(), weights_in(TINY)):
         torch.nn.init.zeros_(fresh.lm_head.weight)
         fresh.load_state_dict(state_dict)
-        assert_close(logits(fresh.eval()), logits(stacked))
-    single = {name.replace("model.language_model.", "model."): tensor for name, tensor in linear.state_dict().items()}
-    torch.save(single, tmp_path / "single.bin")
-    for file in ("pytorch_model.bin", "single.bin"):
-        (tmp_path / file).replace(tmp_path / "pytorch_model.bin")
-        again = AutoModelForImageTextToText.from_pretrained(tmp_path, experts_implementation="linear")
-        assert_close(logits(again), logits(stacked))
-        assert_close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path)), logits(stacked))
-
-
-def test_linear_experts_train_as_the_stacked_ones():
-    models = [
-        AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation=implementation)
-        for implementation in ("eager", "linear")
-    ]
-    for model in models:
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    stacked, linear = (model.model.language_model.layers[1].moe.experts for model in models)
-    gate, up = stacked.gate_up_proj.grad.chunk(2, dim=1)
-    for number, expert in enumerate(linear):
-        for layer, expected in (
-            (expert.gate_proj, gate),
-            (expert.up_proj, up),
-            (expert.down_proj, stacked.down_proj.grad),
-        ):
-            actual = torch.zeros_like(expected[number]) if layer.weight.grad is None else layer.weight.grad
-            assert_close(actual, expected[number])
+        assert_close(logits(fresh), expected)
+    (tmp_path / "model.safetensors").unlink()
+    for weights in (weights_in(TINY), one_by_one(weights_in(TINY))):
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+        for implementation in ("linear", None):
+            again = AutoModelForImageTextToText.from_pretrained(tmp_path, experts_implementation=implementation)
+            assert_close(logits(again), expected)
 
 
 def test_experts_are_linear_or_stacked_from_the_beginning():
@@ -152,8 +118,7 @@ def test_experts_are_quantised_too(tmp_path, processor, scenes, package, make_co
         return
     expected = logits(model)
     model.save_pretrained(tmp_path)
-    again, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(report.values()), report
+    again = load_whole(AutoModelForImageTextToText, tmp_path)
     assert bytes_of_experts(again) == bytes_of_experts(model)
     assert torch.equal(logits(again), expected) and torch.equal(logits(model), expected)
 
@@ -181,18 +146,14 @@ def save_compressed(directory, number_type: str) -> None:
     """step3-tiny as llm-compressor saves it: the text model's layers a row at a time in 8 bits, experts one by one."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
     weights = {}
-    for name, tensor in load_file(TINY / "model.safetensors").items():
-        layer, is_expert, rest = name.partition(".moe.")
-        parts = {name: tensor}
-        if is_expert and rest.endswith("_proj.weight"):
-            parts = {f"{layer}.moe.experts.{number}.{rest}": part.clone() for number, part in enumerate(tensor)}
-        for part_name, part in parts.items():
-            if "vision_model" not in name and "vit_" not in name and name.endswith(("_proj.weight", ".wq.weight")):
-                scale = part.abs().amax(1, keepdim=True) / (127 if number_type == "int" else 448)
-                weights[part_name + "_scale"] = scale
-                scaled = part / scale
-                part = scaled.round().to(torch.int8) if number_type == "int" else scaled.to(torch.float8_e4m3fn)
-            weights[part_name] = part
+    for name, weight in one_by_one(weights_in(TINY)).items():
+        if name.startswith("model.") and name.endswith(("_proj.weight", ".wq.weight")):
+            scale = weights[name + "_scale"] = weight.abs().amax(1, keepdim=True) / (
+                127 if number_type == "int" else 448
+            )
+            scaled = weight / scale
+            weight = scaled.round().to(torch.int8) if number_type == "int" else scaled.to(torch.float8_e4m3fn)
+        weights[name] = weight
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     form = {"num_bits": 8, "type": number_type, "symmetric": True}
     group = {
@@ -200,29 +161,25 @@ def save_compressed(directory, number_type: str) -> None:
         "weights": {**form, "strategy": "channel", "dynamic": False},
         "input_activations": {**form, "strategy": "token", "dynamic": True},
     }
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
+    quantization = {
         "quant_method": "compressed-tensors",
         "format": f"{number_type}-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*"],
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_json(directory / "config.json", lambda config: config.update(quantization_config=quantization))
 
 
 @pytest.mark.parametrize("number_type", ["int", "float"])
 def test_what_llm_compressor_saves_is_read(tmp_path, processor, scenes, number_type):
     pytest.importorskip("compressed_tensors")
     save_compressed(tmp_path / "compressed", number_type)
-    model, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", output_loading_info=True)
-    assert not any(report.values()), report
+    model = load_whole(AutoModelForImageTextToText, tmp_path / "compressed")
     assert share_right(model, processor, scenes) >= 0.99
 
     # The same weights without a word of how they are quantised.
-    config = json.loads((tmp_path / "compressed" / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "compressed" / "config.json").write_text(json.dumps(config))
+    edit_json(tmp_path / "compressed" / "config.json", lambda config: config.pop("quantization_config"))
     for options in ({}, {"experts_implementation": "linear"}):
         with pytest.raises(ValueError, match=r"weights of experts, such as .*moe\.experts\..*_scale, are in a form"):
             AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", **options)
@@ -244,7 +201,7 @@ def test_adapters_reach_linear_experts(tmp_path):
     merged = adapted.merge_and_unload()
     assert (expected - logits(AutoModelForImageTextToText.from_pretrained(TINY))).abs().max() > 0.1
     merged.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
+    assert weights_in(tmp_path).keys() == weights_in(TINY).keys()
     assert_close(logits(AutoModelForImageTextToText.from_pretrained(tmp_path)), expected)
 
 

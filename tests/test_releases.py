@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import cache_of, row_alone, small_config
-from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from conftest import cache_of, pictures_of, row_alone, small_config
+from transformers import DynamicCache, StaticCache
 
 from step3_vl import Step3TextForCausalLM, Step3TextModel, Step3VLForConditionalGeneration, Step3VLModel
 from step3_vl.generation_step3 import CACHE_NAME
@@ -53,29 +53,23 @@ def test_a_forward_takes_a_cache_by_either_name_and_no_other(any_model):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("make", [DynamicCache, functools.partial(StaticCache, max_cache_len=64)])
 def test_generate_takes_a_cache_by_either_name(model, batch, name, make):
-    expected = model.generate(**batch, **GREEDY)
     cache = make(config=model.config)
     output = model.generate(**batch, **GREEDY, disable_compile=True, **{name: cache})
-    assert torch.equal(output, expected)
+    assert torch.equal(output, model.generate(**batch, **GREEDY))
     assert int(cache.get_seq_length()) == output.shape[1] - 1
     with pytest.raises(ValueError, match="not as both"):
         model.generate(**batch, **GREEDY, **dict.fromkeys(NAMES, cache))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_left_of_the_pictures_of_a_cache_does_not_disturb(model, batch, name):
-    first = row_alone(batch, 2)
+@pytest.mark.parametrize("left_over", [(), ("num_patches",), ("mm_encoder_outputs",)])
+def test_what_is_left_of_the_pictures_of_a_cache_does_not_disturb(model, batch, left_over):
+    first = {**row_alone(batch, 2), "mm_encoder_outputs": {}}
     cache = DynamicCache(config=model.config)
-    answer = model.generate(**first, **GREEDY, **{name: cache})
+    answer = model.generate(**first, **GREEDY, **{CACHE_NAME: cache})
     ids = torch.cat([answer, torch.tensor([[41, 42, 43]])], 1)
-    mask = torch.ones_like(ids)
-    pictures = {key: first[key] for key in ("pixel_values", "patch_pixel_values", "num_patches")}
-    expected = model.generate(input_ids=ids, attention_mask=mask, **pictures, **GREEDY)
-    for left_over in ({}, {"num_patches": first["num_patches"]}, {"mm_encoder_outputs": {}}):
-        held = model.generate(**first, **{**GREEDY, CACHE_NAME: (cache := DynamicCache(config=model.config))})
-        assert torch.equal(held, answer)
-        output = model.generate(input_ids=ids, attention_mask=mask, **left_over, **GREEDY, **{name: cache})
-        assert torch.equal(output, expected)
+    second = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
+    output = model.generate(**second, **{name: first[name] for name in left_over}, **{CACHE_NAME: cache})
+    assert torch.equal(output, model.generate(**second, **pictures_of(first)))
 
 
 def test_preparing_inputs_takes_either_name(model):
@@ -86,14 +80,3 @@ def test_preparing_inputs_takes_either_name(model):
             assert inputs[CACHE_NAME] is cache and OTHER_NAME not in inputs
         with pytest.raises(ValueError, match="not as both"):
             each.prepare_inputs_for_generation(IDS, **dict.fromkeys(NAMES, cache))
-
-
-def test_evaluation_leaves_the_cache_out(model, batch, tmp_path):
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=3)
-    trainer = Trainer(model, arguments, data_collator=lambda samples: {**batch, "labels": labels})
-    with torch.no_grad():
-        expected = model(**batch, labels=labels)
-    prediction = trainer.predict([0, 1, 2])
-    torch.testing.assert_close(torch.tensor(prediction.predictions), expected.logits)
-    assert trainer.evaluate([0, 1, 2])["eval_loss"] == pytest.approx(expected.loss.item())

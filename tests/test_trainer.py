@@ -10,22 +10,22 @@ pytestmark = pytest.mark.releases
 
 
 @pytest.mark.parametrize("part", ["whole", "text"])
-def test_next_to_no_label_smoothing_changes_nothing(tmp_path, part):
-    """It has a loss of its own, which must know that labels are the next tokens."""
+def test_evaluation_has_the_models_loss_and_logits(tmp_path, part):
+    """Also with next to no label smoothing, whose loss must know that labels are the next tokens."""
     model = small_model()
     batch = small_batch(model)
     if part == "text":
         model = Step3TextForCausalLM._from_config(model.config.text_config).eval()
         batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    losses = []
+    with torch.no_grad():
+        expected = model(**batch)
+    options = {"per_device_eval_batch_size": 3, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     for factor in (0.0, 1e-9):
-        arguments = TrainingArguments(
-            tmp_path, label_smoothing_factor=factor, per_device_eval_batch_size=3, report_to=[], use_cpu=True
-        )
-        trainer = Trainer(model, arguments, data_collator=lambda samples: dict(batch))
-        losses.append(trainer.evaluate([0, 1, 2])["eval_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        arguments = TrainingArguments(tmp_path, label_smoothing_factor=factor, **options)
+        prediction = Trainer(model, arguments, data_collator=lambda samples: dict(batch)).predict([0, 1, 2])
+        assert prediction.metrics["test_loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+        torch.testing.assert_close(torch.tensor(prediction.predictions), expected.logits)
 
 
 @pytest.mark.parametrize("shard_size, experts", [("5GB", "eager"), ("60KB", "eager"), ("60KB", "mapped")])
