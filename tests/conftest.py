@@ -126,7 +126,7 @@ def edit_json(path: Path, change) -> None:
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:
-    """A config of a few thousand weights: two mixtures among three layers; pictures of 112 px take 4 tokens."""
+    """A config of a few thousand weights: two MoE layers among three; pictures of 112 px take 4 tokens."""
     text_config = {
         "vocab_size": 97,
         "hidden_size": 48,
