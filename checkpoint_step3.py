@@ -92,7 +92,7 @@ class ExpertsConverter(WeightConverter):
 # transformers finds a mapping by class name, otherwise by model type, and applies those of a model's parts after its
 # own. Stacked down projections are renamed, not converted, so that disk offloading reads them in place. llm-compressor
 # and others save experts one by one, as `moe.experts.0.gate_proj.weight`; requiring `weight` keeps PEFT from stacking
-# adapters of linear experts.
+# adapters of linear experts. `scripts/checkpoint_files.py` lists the names for scripts, which do not import torch.
 GATE, UP, DOWN = (rf"moe\.{name}_proj\.weight" for name in ("gate", "up", "down"))
 SINGLE_GATE, SINGLE_UP, SINGLE_DOWN = (
     rf"moe\.(?:experts\.\d+\.)(?=\w+\.weight){name}_proj\.weight" for name in ("gate", "up", "down")
