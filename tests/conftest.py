@@ -272,7 +272,8 @@ def transformers_log(caplog):
     """What transformers logs, where its reports on loading go."""
     logger = getLogger("transformers")
     logger.addHandler(caplog.handler)
-    yield caplog
+    with caplog.at_level("WARNING", "transformers"):  # scripts that tests call in this process set a higher one
+        yield caplog
     logger.removeHandler(caplog.handler)
 
 
