@@ -68,12 +68,12 @@ def dequantize(
     if weight.device.type != "cpu":
         blocks = weight.to(dtype).view(scale.shape[0], rows, scale.shape[1], columns)  # exact for fp8
         return blocks.mul_(scale[:, None, :, None]).view_as(weight)
-    # On a CPU, looking numbers up in a table of all 256 is five times as fast as torch's conversion from fp8.
+    # On a CPU, looking numbers up in a table of all 256 is several times as fast as torch's conversion from fp8.
     values = torch.arange(256, dtype=torch.uint8).view(weight.dtype).to(torch.float32)
     output = torch.empty(weight.shape, dtype=dtype)
     codes = weight.view(torch.uint8).split(rows)
     for part, code, row_scale in zip(output.split(rows), codes, scale.repeat_interleave(columns, 1), strict=True):
-        part.copy_(values[code.int()].mul_(row_scale))
+        part.copy_(values.index_select(0, code.flatten().int()).view(code.shape).mul_(row_scale))
     return output
 
 
