@@ -257,6 +257,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def no_deprecated_names():
     """Nothing that the package does makes transformers warn that it gives up the cache's older name."""
+    logging.set_verbosity_warning()  # also after a script that ran in this process
     records = []
     handler = Handler()
     handler.emit = records.append

@@ -5,10 +5,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from conftest import run
+from conftest import run, weights_in
 from describe import TINY
 from plan import GB, GIB, RATES, make_plan
-from safetensors import safe_open
 
 from step3_vl import Step3VLConfig
 
@@ -68,8 +67,7 @@ def test_what_does_not_fit(released):
 
 def test_step3_tiny():
     output, _ = plan(TINY)
-    with safe_open(TINY / "model.safetensors", "pt") as file:
-        sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}
+    sizes = {name: tensor.nbytes for name, tensor in weights_in(TINY).items()}
     experts = sum(size for name, size in sizes.items() if ".moe." in name and ".gate." not in name)
     assert output["bytes"]["stored"]["weights"] == sum(sizes.values())
     assert output["bytes"]["stored"]["experts"] == experts

@@ -14,7 +14,7 @@ from step3_vl import Step3VLConfig
 
 
 MEMORY = 4e9  # no more may be private to the process; the experts of a layer take 10.6 GB, or 5.3 in fp8
-# With part of the layers, there is time for a picture.
+# With part of the layers, there is time for a small picture.
 PROGRAM = """
 import json, sys, time, torch
 import step3_vl
@@ -29,8 +29,8 @@ inputs = {"input_ids": torch.tensor([[5]])}
 if part == "part":
     decoder, encoder = model.model.language_model, model.model.vision_model.transformer
     decoder.layers, encoder.layers = decoder.layers[3:5], encoder.layers[:1]
-    inputs["input_ids"] = torch.tensor([[5, *[model.config.image_token_id] * 169, 5]])
-    inputs["pixel_values"] = torch.zeros(1, 3, 728, 728, dtype=torch.bfloat16)
+    inputs["input_ids"] = torch.tensor([[5, *[model.config.image_token_id] * 16, 5]])
+    inputs["pixel_values"] = torch.zeros(1, 3, 224, 224, dtype=torch.bfloat16)
 with torch.no_grad():
     logits = model(**inputs, logits_to_keep=1, use_cache=False).logits
 times.append(time.perf_counter())
