@@ -74,6 +74,8 @@ def dequantize(
 class BlockFP8Linear(nn.Linear):
     """Linear layer whose weight stays in block-fp8, and is dequantised when it is used."""
 
+    is_fp8 = True
+
     def __init__(self, layer: nn.Linear, block_size: tuple[int, int]):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float8_e4m3fn)
         blocks = [math.ceil(size / block) for size, block in zip(self.weight.shape, block_size, strict=True)]
@@ -180,6 +182,8 @@ class MappedExperts(nn.Module):
                 weights[name] = found
                 used.update(names)
         self.weights = weights
+        for expert, (copy, *_) in self.held.items():
+            self.hold(expert, copy.device)
         return used
 
     @property
