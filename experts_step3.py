@@ -269,6 +269,7 @@ class MappedExperts(nn.Module):
         """Computes `experts` on the device of `states` (tokens, hidden_size). The `index` is on the CPU."""
         output = torch.zeros_like(states)
         is_stored = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
+        is_stored &= not torch.is_autocast_enabled(states.device.type)
         is_again = torch.is_grad_enabled() and not is_stored  # would keep a copy of each weight
         fetched = None if is_again else self.fetch(experts, states.device)
         for expert in experts:

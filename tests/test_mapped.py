@@ -178,6 +178,23 @@ def test_adapters_learn_as_with_loaded_experts(directory, is_checkpointed):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "stored, is_autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_training_keeps_no_copies_of_experts(stored, is_autocast, tmp_path):
+    small_model(dtype=stored).save_pretrained(tmp_path)
+    model, kept = mapped(tmp_path, dtype=torch.float32), []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
+    ):
+        logits = model(input_ids=torch.tensor([[5, 6, 8, 9]])).logits
+    experts = [tensor for tensor in kept if sorted(tensor.shape) == [24, 48]]
+    assert files_at(experts) <= {"model.safetensors"}
+    logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.any()
+
+
 def test_adapters_with_a_router_of_their_own_are_loaded(tmp_path):
     peft = pytest.importorskip("peft")
     small_model().save_pretrained(tmp_path / "model")
