@@ -192,7 +192,8 @@ def warn_of_slow_reading(model: PreTrainedModel, paths: list[str] | None) -> Non
     config = model.config.get_text_config()
     token = f"A token reads {size * config.moe_top_k / config.moe_num_experts:.3g} GB of {size:.3g} GB of experts"
     mounts = dict(line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines())
-    file_system = next(mounts[str(folder)] for folder in Path(paths[0]).resolve().parents if str(folder) in mounts)
+    folders = map(str, Path(paths[0]).resolve().parents)
+    file_system = next((mounts[folder] for folder in folders if folder in mounts), "")  # none in a chroot
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if re.match("nfs|cifs|smb|fuse|ceph|lustre|9p", file_system):
         logger.warning(f"{token} from a network file system ({file_system}): a copy on a local disk is faster.")

@@ -210,6 +210,16 @@ def test_adapters_with_a_router_of_their_own_are_loaded(tmp_path):
     assert torch.equal(model(**batch).logits, tuned(**batch).logits)
 
 
+def test_hooks_of_experts_are_called(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    model, outputs = mapped(tmp_path), []
+    expected = model(input_ids=torch.tensor([[5, 6]])).logits
+    for experts in experts_of(model):
+        experts.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    assert torch.equal(model(input_ids=torch.tensor([[5, 6]])).logits, expected)
+    assert [output.shape for output in outputs] == [(2, 48)] * 2
+
+
 def test_the_vision_encoder_has_no_experts(tmp_path):
     small_model().save_pretrained(tmp_path)
     assert not experts_of(Step3VisionModel.from_pretrained(tmp_path, experts_implementation="mapped"))
