@@ -1,4 +1,4 @@
-"""Loads and saves Step3-VL checkpoints: weight names, block-fp8, and separate or stacked experts."""
+"""Loads and saves Step3-VL checkpoints: weight names, block-fp8, and experts that are stacked, separate or mapped."""
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
 # SPDX-License-Identifier: Apache-2.0
@@ -78,7 +78,7 @@ class ExpertsConverter(WeightConverter):
     A converter of experts that were saved one by one.
 
     Raises:
-        `ValueError`: if their numbers leave one out, which transformers would close up.
+        `ValueError`: if one of their numbers is missing; transformers would number the experts anew.
     """
 
     def convert(self, layer_name: str, *args, **kwargs):
@@ -92,7 +92,7 @@ class ExpertsConverter(WeightConverter):
 # transformers finds a mapping by class name, otherwise by model type, and applies those of a model's parts after its
 # own. Stacked down projections are renamed, not converted, so that disk offloading reads them in place. llm-compressor
 # and others save experts one by one, as `moe.experts.0.gate_proj.weight`; requiring `weight` keeps PEFT from stacking
-# adapters of linear experts.
+# adapters of linear experts. `scripts/checkpoint_files.py` lists the names for scripts, which do not import torch.
 GATE, UP, DOWN = (rf"moe\.{name}_proj\.weight" for name in ("gate", "up", "down"))
 SINGLE_GATE, SINGLE_UP, SINGLE_DOWN = (
     rf"moe\.(?:experts\.\d+\.)(?=\w+\.weight){name}_proj\.weight" for name in ("gate", "up", "down")
@@ -131,7 +131,7 @@ register_checkpoint_conversion_mapping(
 # Stacked expert weights or scales, as in the release.
 STACKED_EXPERTS = re.compile(r"(.*\.moe\.)((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
-# Also experts saved one by one; without `experts.`, as mapped experts name them.
+# Also matches experts saved one by one. The groups leave out `experts.`, as the names of mapped experts do.
 ANY_EXPERTS = re.compile(r"(.*\.moe\.)(?:experts\.)?((?:\d+\.)?(?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
 
 
@@ -146,7 +146,8 @@ def unstack_experts(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return single
 
 
-def converts_experts(transform) -> bool:
+def converts_experts(transform: WeightConverter | WeightRenaming) -> bool:
+    """Whether it is a conversion to stacked experts, which linear experts do not need."""
     return isinstance(transform, WeightConverter) and transform.target_patterns[0].startswith("moe.experts.")
 
 
@@ -272,7 +273,7 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
     return loaded
 
 
-def take_back_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
+def replace_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
     """
     Replaces fp8 modules of `model` by plain ones if the checkpoint has no scales for them among its `names`.
     transformers decides by a list in the config, which the released config is not known to have.
@@ -441,7 +442,7 @@ class Step3Checkpoint:
                 elif settings.dequantize and not name.endswith("_scale_inv"):  # transformers 5.19 does not cast
                     state_dict[name] = weight.to(load_config.dtype)
             if not settings.dequantize:
-                take_back_unquantized(model, state_dict, load_config)
+                replace_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         if settings.dequantize if is_fp8 else is_linear and quantizer is None:

@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.type_validators import activation_fn_key, interval, probability
 
 
-# Since transformers 5.20: `sub_configs_defaults`, of these, instead of `sub_configs`; Step3VLConfig sets both.
+# Since transformers 5.20, `sub_configs_defaults`, a mapping to these, replaces `sub_configs`; Step3VLConfig sets both.
 SubConfigSpec = getattr(configuration_utils, "SubConfigSpec", lambda config_class: config_class)
 
 
@@ -144,12 +144,12 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 61): Number of layers.
         num_attention_heads (`int`, defaults to 64): Number of query heads.
         num_attention_groups (`int`, defaults to 1):
-            Number of key/value heads; must divide `num_attention_heads`. In Step3, all query heads share one; serving
-            engines support no other number.
+            Number of key/value heads; must divide `num_attention_heads`. In the released model, all query heads share
+            one; serving engines support no other number.
         head_dim (`int`, defaults to 256): Width of a head; must be even for rotary embedding.
         share_q_dim (`int`, defaults to 2048): Rank of the query projection.
         max_position_embedding (`int`, defaults to 65536): Maximum sequence length in tokens.
-        max_seq_len (`int`, defaults to 65536): Second name for it in the released config; kept but not used.
+        max_seq_len (`int`, defaults to 65536): The released config's second name for it; saved, but not used.
         rms_norm_eps (`float`, defaults to 1e-5): Epsilon of the RMS norms.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLPs and experts.
         attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities during training.
@@ -329,8 +329,8 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     Configuration of [`Step3VLModel`] and [`Step3VLForConditionalGeneration`].
 
     Args:
-        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): Vision encoder; by default the released.
-        text_config (`dict` or [`Step3TextConfig`], *optional*): Text decoder; by default the released.
+        vision_config (`dict` or [`Step3VisionEncoderConfig`], *optional*): Vision encoder; the released one by default.
+        text_config (`dict` or [`Step3TextConfig`], *optional*): Text decoder; the released one by default.
         understand_projector_stride (`int`, defaults to 2): Stride of the first downsampling convolution.
         projector_bias (`bool`, defaults to `False`): Whether the projection to the decoder's width has a bias.
         image_token_id (`int`, defaults to 128001): Id of `<im_patch>`, whose embeddings are replaced by image features.
@@ -392,7 +392,7 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def validate_architecture(self):
-        """Checks `image_token_id`."""
+        """Checks that `image_token_id` is in the vocabulary."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "

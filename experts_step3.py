@@ -22,15 +22,17 @@ class LinearExperts(nn.ModuleList):
     """
     Routed experts as gated MLPs of `nn.Linear` layers: the experts implementation `"linear"`. It is for quantisers and
     adapters that support only `nn.Linear`. Each layer waits for the device to learn which experts have tokens.
+
+    `make_expert` makes one expert from the config and the width inside it.
     """
 
-    def __init__(self, config, expert: Callable[[Any, int], nn.Module]):
-        super().__init__(expert(config, config.moe_intermediate_size) for _ in range(config.moe_num_experts))
+    def __init__(self, config, make_expert: Callable[[Any, int], nn.Module]):
+        super().__init__(make_expert(config, config.moe_intermediate_size) for _ in range(config.moe_num_experts))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
+        """Maps (tokens, hidden_size) to the same shape, by the expert indices and weights (tokens, top_k)."""
         output = torch.zeros_like(hidden_states)
         for number in top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == number)
@@ -41,8 +43,9 @@ class LinearExperts(nn.ModuleList):
 
 def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:
     """
-    Repeats the scales for smaller blocks of equal size, which transformers requires: the last blocks of `weight` (...,
-    rows, columns) may have fewer rows and columns than `block_size`.
+    Repeats scales so that they belong to smaller blocks, all of one size, which transformers requires. Those given, of
+    shape (..., blocks of rows, blocks of columns), belong to blocks of `block_size` (rows, columns), of which the last
+    may reach beyond the `weight` (..., rows, columns).
     """
     for dim, size in ((-2, block_size[0]), (-1, block_size[1])):
         smaller = math.gcd(size, weight.shape[dim])
@@ -54,20 +57,23 @@ def divide_blocks(weight: torch.Tensor, scale: torch.Tensor, block_size: tuple[i
 def dequantize(
     weight: torch.Tensor, scale: torch.Tensor | None, block_size: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """A `weight` (rows, columns) in `dtype`, multiplied by the `scale`, if any, of its blocks of `block_size`."""
+    """
+    Converts a `weight` (rows, columns) to `dtype` and multiplies each block of `block_size` (rows, columns) by its
+    number in `scale` (blocks of rows, blocks of columns). Without a `scale`, only converts.
+    """
     if scale is None:
         return weight.to(dtype)
     scale = divide_blocks(weight, scale, block_size)
     rows, columns = (size // blocks for size, blocks in zip(weight.shape, scale.shape, strict=True))
     if weight.device.type != "cpu":
-        blocks = weight.to(dtype).view(scale.shape[0], rows, scale.shape[1], columns)  # exact
+        blocks = weight.to(dtype).view(scale.shape[0], rows, scale.shape[1], columns)  # exact for fp8
         return blocks.mul_(scale[:, None, :, None]).view_as(weight)
-    # On a CPU, torch converts fp8 five times as slowly as it looks up its 256 values in cache.
+    # On a CPU, looking numbers up in a table of all 256 is several times as fast as torch's conversion from fp8.
     values = torch.arange(256, dtype=torch.uint8).view(weight.dtype).to(torch.float32)
     output = torch.empty(weight.shape, dtype=dtype)
-    numbers = weight.view(torch.uint8).split(rows)
-    for part, number, row_scale in zip(output.split(rows), numbers, scale.repeat_interleave(columns, 1), strict=True):
-        part.copy_(values[number.int()].mul_(row_scale))
+    codes = weight.view(torch.uint8).split(rows)
+    for part, code, row_scale in zip(output.split(rows), codes, scale.repeat_interleave(columns, 1), strict=True):
+        part.copy_(values.index_select(0, code.flatten().int()).view(code.shape).mul_(row_scale))
     return output
 
 
@@ -98,7 +104,7 @@ class BlockFP8Linear(nn.Linear):
 
 @cache
 def copying_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream that copies experts to a GPU, because the memory it uses is kept for it alone."""
+    """The one stream that copies experts to a GPU. torch would keep the memory that each further stream has used."""
     return torch.cuda.Stream(device)
 
 
@@ -113,8 +119,8 @@ def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) ->
         sizes = [tensor.nbytes for tensor in tensors]
         if buffer.numel() != sum(sizes):
             buffer = buffers[number % 2] = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        for tensor, room in zip(tensors, buffer.split(sizes), strict=True):
-            room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        for tensor, part in zip(tensors, buffer.split(sizes), strict=True):
+            part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         with torch.cuda.stream(copying):
             copy = buffer.to(device, non_blocking=True)
             copied.record()
@@ -122,8 +128,8 @@ def copies_ahead(weights: Iterable[list[torch.Tensor]], device: torch.device) ->
         if ahead is not None:
             yield ahead
         main.wait_event(copied)
-        rooms = zip(tensors, copy.split(sizes), strict=True)
-        ahead = [room.view(tensor.dtype).view(tensor.shape) for tensor, room in rooms]
+        parts = zip(tensors, copy.split(sizes), strict=True)
+        ahead = [part.view(tensor.dtype).view(tensor.shape) for tensor, part in parts]
     if ahead is not None:
         yield ahead
 
@@ -134,22 +140,22 @@ class MappedExperts(nn.Module):
     experts implementation `"mapped"`. A weight takes no memory until it is read, and then that of the page cache, which
     all processes share. The weights are not parameters: nothing casts, moves or trains them.
 
-    With hidden states on a GPU, few tokens are brought to the CPU and computed there. For many tokens, each expert that
+    With hidden states on a GPU, few tokens are copied to the CPU and computed there. For many tokens, each expert that
     has any is copied to the GPU once. Rates measured at the first use decide what is many.
     """
 
     names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
     scale_names = tuple(f"{name}_scale_inv" for name in names)
-    rates: dict[tuple, tuple[float, float, float]] = {}
+    rates: dict[tuple, tuple[float, float, float]] = {}  # what `measure` returned, for all layers
 
     def __init__(self, config):
         super().__init__()
-        wide, narrow = config.hidden_size, config.moe_intermediate_size
-        self.shapes = ((narrow, wide), (narrow, wide), (wide, narrow))
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self.shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
         self.num_experts = config.moe_num_experts
         self.act_fn = ACT2FN[config.hidden_act]
-        self.weights: dict[str, torch.Tensor | list[torch.Tensor]] = {}  # stacked, or a list of the experts'
-        self.block_size = (128, 128)
+        self.weights: dict[str, torch.Tensor | list[torch.Tensor]] = {}  # stacked, or one tensor for each expert
+        self.block_size = (128, 128)  # rows and columns of fp8 weights that share a scale
         self.held: dict[int, list[torch.Tensor]] = {}  # copies of some experts' weights on a GPU
 
     def map_weights(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> set[str]:
@@ -223,8 +229,8 @@ class MappedExperts(nn.Module):
         gate, up, down = (dequantize(weight, scale, self.block_size, states.dtype) for weight, scale in pairs)
         return linear(self.act_fn(linear(states, gate)) * linear(states, up), down)
 
-    def compute_again(self, states: torch.Tensor, expert: int) -> torch.Tensor:
-        """As `compute`, but fetches the weights, for checkpointing."""
+    def fetch_and_compute(self, states: torch.Tensor, expert: int) -> torch.Tensor:
+        """As `compute`, but fetches the weights itself, so that the backward pass can do it again."""
         return self.compute(states, next(self.fetch([expert], states.device)))
 
     def hold(self, expert: int, device: torch.device | int | str) -> None:
@@ -233,7 +239,7 @@ class MappedExperts(nn.Module):
             self.held[expert] = [tensor.to(device) for tensor in self.stored(expert)]
 
     def fetch(self, experts: list[int], device: torch.device) -> Iterator[list[torch.Tensor]]:
-        """Weights of the experts on the device."""
+        """Yields the stored weights of each expert on `device`; copies those that a GPU does not hold."""
         if device.type == "cpu":
             yield from map(self.stored, experts)
             return
@@ -266,16 +272,20 @@ class MappedExperts(nn.Module):
 
     @torch.compiler.disable
     def run(self, states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: list[int]) -> torch.Tensor:
-        """Computes `experts` on the device of `states` (tokens, hidden_size). The `index` is on the CPU."""
+        """
+        The sum of the outputs of `experts` for `states` (tokens, hidden_size), computed on their device. Of `index` and
+        `weights` (tokens, top_k), `index` is on the CPU.
+        """
         output = torch.zeros_like(states)
-        is_stored = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
-        is_stored &= not torch.is_autocast_enabled(states.device.type)
-        is_again = torch.is_grad_enabled() and not is_stored  # would keep a copy of each weight
-        fetched = None if is_again else self.fetch(experts, states.device)
+        uses_mapped = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
+        uses_mapped &= not torch.is_autocast_enabled(states.device.type)
+        # Otherwise gradients would keep a copy of each weight.
+        recomputes = torch.is_grad_enabled() and not uses_mapped
+        fetched = None if recomputes else self.fetch(experts, states.device)
         for expert in experts:
             token, slot = (places.to(states.device) for places in torch.where(index == expert))
-            if is_again:
-                rows = checkpoint(self.compute_again, states[token], expert, use_reentrant=False)
+            if recomputes:
+                rows = checkpoint(self.fetch_and_compute, states[token], expert, use_reentrant=False)
             else:
                 rows = self.compute(states[token], next(fetched))
             output.index_add_(0, token, (rows * weights[token, slot, None]).to(output.dtype))
@@ -285,8 +295,13 @@ class MappedExperts(nn.Module):
     def begin(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> Callable[[], torch.Tensor]:
-        """As `forward`, but returns a function that computes the output. Until it is called, the GPU can be given other
-        work, which it does while the CPU computes."""
+        """
+        As `forward`, but returns a function that computes the output. Work that the GPU is given before it is called
+        runs while the CPU computes experts.
+
+        Raises:
+            `ValueError`: if no weights are mapped, as in a model that was not loaded from files.
+        """
         if not self.weights:
             raise ValueError('Experts are "mapped" from files: load the model by `from_pretrained`.')
         device, index = hidden_states.device, top_k_index.cpu()
@@ -296,7 +311,8 @@ class MappedExperts(nn.Module):
         if device.type == "cuda" and on_cpu:
             one, further, copying = self.measure(hidden_states)
             rows = sum(count for expert, count in zip(experts, counts, strict=True) if expert not in self.held)
-            if len(on_cpu) * copying < len(on_cpu) * one + (rows - len(on_cpu)) * further:
+            computing = len(on_cpu) * one + (rows - len(on_cpu)) * further
+            if len(on_cpu) * copying < computing:
                 on_cpu, on_gpu = [], experts
         states, weights = (hidden_states.cpu(), top_k_weights.cpu()) if on_cpu else (None, None)
 
@@ -309,5 +325,5 @@ class MappedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Takes `hidden_states` (tokens, hidden_size), and expert indices and weights, both (tokens, top_k)."""
+        """Maps (tokens, hidden_size) to the same shape, by the expert indices and weights (tokens, top_k)."""
         return self.begin(hidden_states, top_k_index, top_k_weights)()

@@ -27,15 +27,15 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(create_causal_mask).paramet
 def one_cache(cache: Cache | None, past_key_values: Cache | None, others: dict | None = None) -> Cache | None:
     """
     Returns the cache, given as `cache` or by its older name `past_key_values`. Raises a `ValueError` if both are given,
-    and a `TypeError` if `others`, the arguments that the model ignores, contain a cache under a third name.
+    and a `TypeError` if `others`, which the model would ignore, contain a cache under a third name.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("Give a cache as `cache` or by its older name `past_key_values`, not as both.")
     for name, value in (others or {}).items():
         if isinstance(value, Cache):
-            raise TypeError(f"`{name}` is a cache under a name that this model does not know; it is called `cache`.")
+            raise TypeError(f"`{name}` is a cache under a name that this model does not know; pass it as `cache`.")
     if past_key_values is not None and CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-        warnings.warn("`past_key_values` is deprecated; it is called `cache`.", FutureWarning, stacklevel=3)
+        warnings.warn("`past_key_values` is deprecated; pass the cache as `cache`.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 
@@ -115,8 +115,10 @@ def max_length_of(cache: Cache | None) -> int:
 
 
 class CheckFinite(LogitsProcessor):
-    """Records whether any logit is NaN or +inf, without waiting for the device; on a CPU, checks at once. With a
-    `sequence_bias`, which may add infinities, looks for NaN only."""
+    """
+    Records whether any logit is NaN or +inf, without waiting for the device; on a CPU, checks at once. With `has_bias`,
+    for a `sequence_bias`, which may add infinities, looks for NaN only.
+    """
 
     def __init__(self, model: PreTrainedModel, has_bias: bool):
         self.model, self.has_bias, self.is_finite = model, has_bias, True
@@ -137,7 +139,7 @@ class CheckFinite(LogitsProcessor):
         cause = f"there are NaN or infinite values in {', '.join(names[:5])}{', ...' * (len(names) > 5)}."
         if not names:
             cause = (
-                f"values overflow {self.model.dtype}, or are so in the inputs or in offloaded weights; "
+                f"values overflow {self.model.dtype}, or the inputs or offloaded weights are not finite; "
                 "`transformers.debug_utils.DebugUnderflowOverflow(model)` shows in which layer."
             )
         raise RuntimeError(f"The logits are not finite: {cause}")

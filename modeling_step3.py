@@ -1,6 +1,7 @@
 """Step3-VL: a vision encoder and a mixture-of-experts decoder with multi-matrix factorization attention.
 
-Contents: linear layers, text decoder, vision encoder, whole model, language-model heads, input checks, parallelism.
+Contents: linear layers and rewrites, text decoder, vision encoder, vision and text together, language-model heads,
+input checks, parallelism.
 """
 
 # Copyright 2026 The Step3-VL for Hugging Face authors.
@@ -58,7 +59,7 @@ logger = logging.get_logger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Linear layers: compiled for few rows on a CPU, and fused
+# Linear layers: for one row on a CPU, for a head on a GPU, and fused; and rewrites of a loaded model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +68,10 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def obstacle_of(layer: nn.Module, has_bias: bool = False) -> str | None:
-    """Why a linear layer must be called rather than its weight used directly, or `None` if it need not be."""
+    """
+    Why a linear layer must be called rather than its weight used directly, or `None` if it need not be. `has_bias` says
+    whether the caller expects a bias.
+    """
     if type(layer) is not nn.Linear or (layer.bias is not None) != has_bias:
         return f"is a {type(layer).__name__}: it is quantised, or has been replaced"
     if type(layer.weight) is not nn.Parameter or layer.weight.device.type == "meta":
@@ -120,9 +124,10 @@ def apply_linear(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 def multiply_in_two(weight: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """
-    `nn.functional.linear` in two products, of a multiple of 64 outputs and of the rest. A row of an odd number of
-    outputs, as in the released vocabulary of 128815, is not aligned in memory, which makes cuBLAS up to six times as
-    slow, also for gradients. The output is therefore a view into rows of a multiple of 64 numbers.
+    `nn.functional.linear` with a `weight` (outputs, inputs), in two products: a multiple of 64 outputs, and the rest.
+    Rows of an odd number of outputs, as in the released vocabulary of 128815, are not aligned in memory, which makes
+    cuBLAS up to six times as slow, also for gradients. The output is therefore a view of rows that are padded to a
+    multiple of 64.
     """
     num_outputs, count = len(weight), len(weight) // 64 * 64
     first, rest = (nn.functional.linear(states, part) for part in weight.split([count, num_outputs - count]))
@@ -137,17 +142,21 @@ def apply_head(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
 
 
 class Fusible(nn.Module):
-    """Module with linear layers of the same input, which [`~Rewritable.fuse`] computes as one. Their weights are
-    concatenated to `fused` (all outputs, inputs) and become views of it, so they can be read, saved, loaded and trained
-    as before. Copies of a model are not fused."""
+    """
+    Module with linear layers of the same input, named in `fusible`, which [`~Rewritable.fuse`] computes as one. Their
+    weights, `parts`, are concatenated to `fused` (all outputs, inputs) and become views of it, so they can be read,
+    saved, loaded and trained as before. Copies of a model are not fused.
+    """
 
     fusible: tuple[str, ...] = ()
     fused: torch.Tensor | None = None
     parts: list[nn.Parameter] | None = None
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Outputs of the layers named in `fusible`; each is computed by itself if gradients are enabled, or if a layer
-        has other weights by now or must be called."""
+        """
+        Outputs of the layers for `states` (..., inputs). Each is computed by itself if gradients are enabled, or if a
+        layer was given other weights or must be called.
+        """
         layers = [getattr(self, name) for name in self.fusible]
         is_fused = self.fused is not None and not torch.is_grad_enabled()
         pairs = zip(layers, self.parts or (), strict=False)
@@ -157,7 +166,7 @@ class Fusible(nn.Module):
         return tuple(apply_linear(layer, states) for layer in layers)
 
     def obstacle(self) -> str | None:
-        """Why the layers cannot be fused, or `None` if they can."""
+        """Why the layers cannot be fused, starting with the name of one, or `None` if they can."""
         layers = ((name, getattr(self, name)) for name in self.fusible)
         return next((f"`{name}` {why}" for name, layer in layers if (why := obstacle_of(layer))), None)
 
@@ -188,18 +197,19 @@ class Rewrite:
     """A faster way to compute modules of a loaded model. `register_rewrite` adds it to [`~Rewritable.fuse`]."""
 
     name: str
-    match: Callable[[nn.Module], bool]  # whether it is for a module
+    match: Callable[[nn.Module], bool]  # whether it is meant for a module
     obstacle: Callable[[nn.Module], str | None]  # why a matching module cannot be rewritten, or `None`
     apply: Callable[[nn.Module], None]  # rewrites a module in place
     undo: Callable[[nn.Module], None]
     is_applied: Callable[[nn.Module], bool]
-    benefit: float = 1.0  # the highest is applied first
+    benefit: float = 1.0  # rewrites with a higher one are applied first
 
 
 REWRITES: dict[str, Rewrite] = {}
 
 
 def register_rewrite(rewrite: Rewrite) -> None:
+    """Adds a rewrite to those of every model, in place of an earlier one of that name."""
     REWRITES[rewrite.name] = rewrite
 
 
@@ -207,15 +217,18 @@ class Rewritable:
     """Mixin of the models: rewrites the modules of a loaded model."""
 
     def find_rewrites(self, names: Iterable[str] | None = None) -> list[tuple[Rewrite, str, nn.Module]]:
-        """Each rewrite with the names of the modules that it matches, and these, highest benefit first."""
+        """Each rewrite, or those named, with the name of each module it matches and the module; most benefit first."""
         rewrites = sorted((REWRITES[name] for name in names or REWRITES), key=lambda rewrite: -rewrite.benefit)
         return [(rewrite, name, x) for rewrite in rewrites for name, x in self.named_modules() if rewrite.match(x)]
 
     def fuse(self, *names: str) -> None:
         """
         Rewrites the loaded model in place, by the named rewrites or all, until nothing is left to rewrite. Outputs are
-        equal up to rounding; parameters and saved checkpoints stay the same. Raises a `ValueError`, with the model
-        unchanged, if a module is quantised, offloaded, split over ranks or has hooks.
+        equal up to rounding; parameters and saved checkpoints stay the same.
+
+        Raises:
+            `ValueError`: with the model unchanged, if a module is quantised, offloaded, split over ranks or has hooks.
+            `KeyError`: if there is no rewrite of a name.
         """
         done = []
         while rest := [(r, name, x) for r, name, x in self.find_rewrites(names) if not r.is_applied(x)]:
@@ -234,7 +247,7 @@ class Rewritable:
                 rewrite.undo(module)
 
     def fusion_report(self) -> list[dict[str, str | bool]]:
-        """One row for each module that a rewrite matches."""
+        """One row for each rewrite and module that it matches: `fusion`, `module`, `class` and `rewritten`."""
         return [
             {"fusion": r.name, "module": name, "class": type(x).__name__, "rewritten": r.is_applied(x)}
             for r, name, x in self.find_rewrites()
@@ -297,7 +310,7 @@ def eager_attention_forward(
     if attention_mask is not None:
         attn_weights = attn_weights + attention_mask
 
-    # torch computes it in float32 at least; gradients also need its result so.
+    # torch computes in float32 at least, whatever the `dtype`; the backward pass also needs a float32 result.
     softmax_dtype = torch.promote_types(query.dtype, torch.float32) if torch.is_grad_enabled() else attn_weights.dtype
     attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=softmax_dtype).to(query.dtype)
     attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
@@ -307,7 +320,10 @@ def eager_attention_forward(
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """transformers' `apply_rotary_pos_emb` without gradients, in half the time: adds to the halves in place."""
+    """
+    transformers' `apply_rotary_pos_emb` for `states` (batch, heads, tokens, head_dim) and `cos` and `sin` (batch,
+    tokens, head_dim). It adds to the halves in place, which takes half the time but has no gradients.
+    """
     (first, second), (sin, _) = (each.chunk(2, -1) for each in (states, sin[:, None]))
     output = states * cos[:, None]
     output_first, output_second = output.chunk(2, -1)
@@ -317,8 +333,11 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def not_finite(*states: torch.Tensor) -> torch.Tensor:
-    """For each row of the batch, 0, or NaN if any of its `states` (batch, heads, tokens, head_dim) is not finite;
-    (batch, 1, 1, 1). torch's CPU SDPA attends to nothing where scores are NaN, which would hide a broken weight."""
+    """
+    A tensor (batch, 1, 1, 1) to add to the output of attention: 0, or NaN for a row of the batch in which any of the
+    `states` (batch, heads, tokens, head_dim) is not finite. torch's CPU SDPA attends to nothing where scores are NaN,
+    which would hide a broken weight.
+    """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     total = sum(state.sum((1, 2, 3), keepdim=True, dtype=dtype) for state in states)
     return (total * 0).to(states[0].dtype)
@@ -333,8 +352,8 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
     key/value head become its rows. For more tokens, keys and values are expanded, as a view if there is one head.
-    On a GPU, a single token is attended by eager attention, because cuDNN, SDPA's first choice, takes 70 ms to plan for
-    each new number of keys, and its other kernels read long keys with few of the GPU's processors.
+    On a GPU, a single query token uses eager attention instead, because cuDNN, SDPA's first choice, takes 70 ms to plan
+    for each new number of keys, and SDPA's other kernels read long keys with few of the GPU's processors.
     """
 
     def shared_attention(module, query, key, value, attention_mask, **kwargs):
@@ -578,7 +597,7 @@ class Step3TextMoE(nn.Module):
         has_hooks = self.experts._forward_hooks or self.experts._forward_pre_hooks
         if isinstance(self.experts, MappedExperts) and not has_hooks:
             compute_routed = self.experts.begin(tokens, top_k_index, top_k_weights)
-            shared = compute_shared()  # by the GPU, while the CPU computes the routed experts
+            shared = compute_shared()  # a GPU does this while the CPU computes the routed experts
             return compute_routed().view(hidden_states.shape) + shared
         routed = self.experts(tokens, top_k_index, top_k_weights).view(hidden_states.shape)
         return routed + compute_shared()
@@ -857,13 +876,15 @@ class Step3VisionAttention(nn.Module):
 
 
 class Step3VisionMLP(CLIPMLP):
-    """MLP of an encoder layer. QuickGELU, x * sigmoid(1.702 x), is silu(1.702 x) / 1.702, of which the products compute
-    the factors: one pass over the wide states instead of three."""
+    """
+    MLP of an encoder layer. QuickGELU, x * sigmoid(1.702 x), equals silu(1.702 x) / 1.702. The two matrix products
+    multiply by these factors, which leaves one pass over the wide states instead of three.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         fc1, fc2 = self.fc1, self.fc2
         is_quick = isinstance(self.activation_fn, QuickGELUActivation)
-        if not is_quick or obstacle_of(fc1, True) or obstacle_of(fc2, True):
+        if not is_quick or obstacle_of(fc1, has_bias=True) or obstacle_of(fc2, has_bias=True):
             return super().forward(hidden_states)
         states = torch.addmm(1.702 * fc1.bias, hidden_states.flatten(0, -2), fc1.weight.T, alpha=1.702)
         states = torch.addmm(fc2.bias, nn.functional.silu(states), fc2.weight.T, alpha=1 / 1.702)

@@ -45,7 +45,7 @@ MIN_SIDE, MAX_PADDED_RATIO = 32, 4
 MAX_WHOLE_RATIO = 1.5
 # Above this aspect ratio, a larger image is cut into windows no larger than its shorter side.
 MAX_WINDOW_RATIO = 4
-# If more than this fraction of a window remains, the side gets another window.
+# If more than this fraction of a window remains of a side, the side gets another window.
 MAX_REST = 0.2
 
 # How far the floats of a resized image may overshoot their range, as a fraction of it; and the lowest maximum of an
@@ -401,7 +401,7 @@ class Step3VLImageProcessor(PilBackend):
 
         Raises:
             `OSError`: if an image cannot be found or read, or a download exceeds `max_download_bytes`.
-            `ValueError`: if a string is neither a URL nor a path nor base64.
+            `ValueError`: if a string is neither a URL nor the path of a file nor base64.
         """
         source = image_url_or_urls
         if not isinstance(source, (str, Path)):
@@ -416,7 +416,7 @@ class Step3VLImageProcessor(PilBackend):
                 data = unquote_to_bytes(source.partition(",")[2]) if is_data_url else source.encode()
                 file = BytesIO(base64.b64decode(b"".join(data.split()), validate=True))
             except ValueError as error:
-                raise ValueError(f"A picture must be a URL, a path or base64, got {source[:80]!r}: {error}.") from error
+                raise ValueError(f"A picture must be a URL, a file or base64, got {source[:80]!r}: {error}.") from error
         try:
             with Image.open(file) as image:
                 return upright(image)
@@ -603,7 +603,7 @@ class Step3VLProcessor(ProcessorMixin):
         tokens = [self.image_token, self.image_start_token, self.image_end_token]
         tokens += [self.patch_start_token, self.patch_end_token, self.patch_newline_token]
         if missing := [token for token in tokens if token not in vocabulary]:
-            raise ValueError(f"`tokenizer` must have the tokens of images, but it lacks {', '.join(missing)}.")
+            raise ValueError(f"`tokenizer` must have Step3's image tokens, but it lacks {', '.join(missing)}.")
         self.image_token_id = vocabulary[self.image_token]
         # All tokens of an image in the text, which `mm_token_type_ids` marks and serving engines count.
         self.image_token_ids = [vocabulary[token] for token in tokens]

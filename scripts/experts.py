@@ -27,7 +27,7 @@ COLOURS = ((255, 255, 255), (214, 40, 40))  # of an expert that is never chosen,
 def count_choices(
     model: PreTrainedModel, processor: Step3VLProcessor, conversations: list[Conversation], batch_size: int
 ) -> torch.Tensor:
-    """How many tokens of the conversations, without padding, choose each expert: (layers with experts, experts)."""
+    """Counts how many tokens of the conversations, without padding, choose each expert: (MoE layers, experts)."""
     text = model.config.get_text_config()
     counts = torch.zeros(len(text.moe_layers), text.moe_num_experts, dtype=torch.long)
     is_token = None
@@ -107,7 +107,7 @@ def main() -> None:
         )
         layers = model.config.get_text_config().moe_layers
         if not layers:
-            raise ValueError(f"{arguments.model} has no layers with experts")
+            raise ValueError(f"{arguments.model} has no MoE layers, whose experts could be counted")
     except (BadData, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     counts = count_choices(model, processor, conversations, arguments.batch_size)

@@ -53,7 +53,7 @@ Rows = Iterator[tuple[str, str, bool | None]]
 
 
 class Quiz:
-    """Drawn scenes, and questions about them whose answers step3-tiny knows."""
+    """`count` drawn scenes, and questions about them that step3-tiny can answer."""
 
     def __init__(self, device: torch.device, count: int):
         self.device = 0 if device.type == "cuda" else device.type  # as `device_map` takes it
@@ -66,6 +66,7 @@ class Quiz:
         )
 
     def ask(self, model, **asking) -> tuple[str, bool]:
+        """How many answers are right, and whether 95 % are; `asking` are arguments of `answer_scenes`."""
         answers = answer_scenes(model, self.processor, self.scenes, device=self.device, **asking)
         right = sum(answer.is_right for answer in answers)
         return f"{right} of {len(answers)} right", right >= 0.95 * len(answers)
@@ -110,7 +111,7 @@ def check_answers(quiz: Quiz, case: str, make_loading: Callable[[], dict], cache
 
 
 def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Rows:
-    """A check that may end the process, not with an exception."""
+    """Runs a check that may crash in another process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.json")
         command = [sys.executable, __file__, "--only", name, "--case", case, "--json", path]
@@ -123,7 +124,7 @@ def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Row
 
 
 def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, prefix: str = "", **settings) -> Rows:
-    """A benchmark at the released dimensions, with random weights."""
+    """Runs a benchmark with random weights, by default at the released dimensions; `settings` are its options."""
     defaults = {
         "experts": None,
         "pictures": 1,
@@ -198,20 +199,20 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("goldens", "dtype", "attention", "experts", "cache", "place")
     names += ("limits", "decode", "prefill", "vision", "train", "offload")
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    help = f"these, in this order, of {', '.join(names)} (default: all)"
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=help)
+    text = f"these, in this order, of {', '.join(names)} (default: all)"
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=text)
     parser.add_argument("--case", help="one case of a check, such as `sdpa`")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    parser.add_argument("--scenes", type=int, default=6, help="with four questions or more each (default: 6)")
-    parser.add_argument("--seconds", type=float, default=300, help="after which no check starts (default: 300)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
+    parser.add_argument("--scenes", type=int, default=6, help="to ask four or more questions about each (default: 6)")
+    parser.add_argument("--seconds", type=float, default=300, help="start no check after this time (default: 300)")
     parser.add_argument("--size", choices=benchmark.TEXT_SIZES, default="real-layer", help="(default: real-layer)")
-    parser.add_argument("--layers", type=int, default=3, help="mixtures that decode and prefill (default: 3, 38 GB)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="to measure (default: bfloat16)")
+    parser.add_argument("--layers", type=int, default=3, help="MoE layers in decode and prefill (default: 3, 38 GB)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="to measure with (default: bfloat16)")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32], help="rows to decode (default: 1 8 32)")
     parser.add_argument("--context", nargs="+", type=int, default=[512, 2048], help="to prefill (default: 512 2048)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (default: 3)")
-    parser.add_argument("--directory", type=Path, help="for weights to offload (default: where temporary files go)")
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--directory", type=Path, help="for temporary weights to offload (default: the system's)")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     logging.set_verbosity_error()

@@ -20,7 +20,7 @@ from checkpoint_files import FP8_BLOCK, CheckpointError, Tensor, expected_shapes
 
 
 GB, GIB = 1e9, 2**30
-# The share of a GPU's memory for weights and cache; bytes of the machine's for the system and the process.
+# The share of a GPU's memory for weights and cache; bytes of the machine's memory for the system and the process.
 GPU_SHARE, RESERVED = 0.9, 4 * GB
 # Bytes of a weight in nf4 with double quantisation: 4 bits, 8 bits for 64 weights and 32 bits for 256 of those.
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -39,7 +39,7 @@ def is_expert(name: str) -> bool:
 
 def is_read(name: str) -> bool:
     """Whether every token reads a weight whole: not experts, the encoder, nor embeddings."""
-    return not (is_expert(name) or name.startswith(("vi", "model.embed_tokens")))
+    return not (is_expert(name) or name.startswith(("vision_model.", "vit_", "model.embed_tokens.")))
 
 
 def count_bytes(config) -> dict[str, dict[str, float]]:
@@ -56,7 +56,10 @@ def count_bytes(config) -> dict[str, dict[str, float]]:
 
 
 def place(sizes: dict[str, dict[str, float]], kind: str, cache: float, capacity: float) -> list[float]:
-    """Bytes on each GPU when layers, with the `cache` of each, fill one GPU after another, and none is split."""
+    """
+    Bytes on each GPU when whole layers, with `cache` bytes for each, fill GPUs of `capacity` bytes one after another.
+    `kind` is the type of the weights, as in `count_bytes`.
+    """
     layers: dict[str, float] = {}
     for name in sorted(sizes, key=lambda name: name.startswith("model.")):  # the encoder comes first
         layer = re.match(r".*?layers\.\d+|.*", name)[0]
@@ -71,8 +74,9 @@ def place(sizes: dict[str, dict[str, float]], kind: str, cache: float, capacity:
 
 def make_plan(directory: Path, machine: argparse.Namespace) -> dict:
     """
-    The bytes of the model in `directory`, and what each way to run it needs and reads for a token. `machine` has its
-    `memory` and `gpu_memory` in bytes, the number of `gpus`, the `tokens` in the cache and `rates` in bytes a second.
+    The bytes of the model in `directory`, and what each way to run it needs and reads for a token. `machine` has
+    `memory` and `gpu_memory` (of each GPU) in bytes, the number of `gpus`, the `tokens` in the cache, and the `rates`
+    of `disk`, `memory` and `gpu` in bytes a second.
 
     Raises:
         `CheckpointError`: if the config is not a valid one of Step3.
@@ -180,7 +184,7 @@ def main() -> None:
         *((f"--{source}-rate", float, rate, "GB a second (default: %(default)s)") for source, rate in RATES.items()),
     ):
         parser.add_argument(option, type=kind, default=default, help=text)
-    parser.add_argument("--json", action="store_true", help="print all of it as JSON, in bytes")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes")
     machine, found = parser.parse_args(), find_gpus()
     rates = [getattr(machine, f"{source}_rate") for source in RATES]
     sizes = [machine.memory, *rates, *([] if machine.gpu_memory is None else [machine.gpu_memory])]

@@ -126,7 +126,7 @@ def edit_json(path: Path, change) -> None:
 
 
 def small_config(text=None, vision=None, **top) -> Step3VLConfig:
-    """A config of a few thousand weights: two mixtures among three layers; pictures of 112 px take 4 tokens."""
+    """A config of a few thousand weights: two MoE layers among three; pictures of 112 px take 4 tokens."""
     text_config = {
         "vocab_size": 97,
         "hidden_size": 48,
@@ -272,7 +272,8 @@ def transformers_log(caplog):
     """What transformers logs, where its reports on loading go."""
     logger = getLogger("transformers")
     logger.addHandler(caplog.handler)
-    yield caplog
+    with caplog.at_level("WARNING", "transformers"):  # scripts that tests call in this process set a higher one
+        yield caplog
     logger.removeHandler(caplog.handler)
 
 

@@ -376,7 +376,7 @@ def test_recorded_outputs_and_load_balancing(batch):
     torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
     torch.testing.assert_close(output.loss, plain.loss + 0.5 * output.aux_loss)
 
-    # Switch Transformer's loss, equations (4) to (6), by its definition: over real tokens, all mixtures together.
+    # Switch Transformer's loss, equations (4) to (6), by its definition: over real tokens, all MoE layers together.
     real = batch["attention_mask"].bool().flatten()
     probabilities = torch.cat([logits[real].softmax(-1) for logits in output.router_logits])
     chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(2).indices, 1.0)

@@ -318,7 +318,7 @@ def test_a_broken_picture_is_an_os_error(released, tmp_path, data):
     [
         ("http://127.0.0.1:port/picture.png", OSError, "http://127.0.0.1:port/picture.png.* cannot be fetched"),
         ("nowhere/picture1", OSError, "nowhere/picture1.* cannot be read"),
-        ("nowhere.png", ValueError, "must be a URL, a path or base64, got 'nowhere.png'"),
+        ("nowhere.png", ValueError, "must be a URL, a file or base64, got 'nowhere.png'"),
     ],
 )
 def test_a_source_of_no_picture_is_named(released, tmp_path, source, error, message):

@@ -147,7 +147,7 @@ THOUGHT = {"role": "assistant", "reasoning_content": "Be brief.", "content": "Hi
 
 @pytest.fixture(scope="module")
 def parrot(tmp_path_factory) -> Path:
-    """A small model with the marks of tools and thoughts, which knows three answers by heart."""
+    """A small model with the marks of tools and reasoning, which knows three answers by heart."""
     directory = tmp_path_factory.mktemp("parrot") / "parrot"
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([*TOOL_TOKENS, "<｜tool_sep｜>"], special_tokens=True)

@@ -228,8 +228,7 @@ def make_text_model(size: str, dtype: torch.dtype, machine: Machine, options: ar
         sizes["num_hidden_layers"] = 1 + options.layers
     if options.experts:
         sizes["moe_num_experts"] = options.experts
-    mixtures = ",".join(str(layer) for layer in range(1, sizes["num_hidden_layers"]))
-    config = Step3TextConfig(**sizes, moe_layers_enum=mixtures)
+    config = Step3TextConfig(**sizes)  # all layers but the first have experts
     torch.manual_seed(0)
     if size != "real-layer":
         with machine.device:

@@ -85,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=Path, help="where to put it; must not exist yet")
     parser.add_argument("--fp8", action="store_true", help="in the block-fp8 layout (default: bfloat16)")
-    parser.add_argument("--layers", type=int, help="decoder layers, all but the first with experts (default: 61)")
+    parser.add_argument("--layers", type=int, help="decoder layers; if not 61, only the first is dense (default: 61)")
     parser.add_argument("--vision-layers", type=int, default=63, help="layers of the encoder (default: %(default)s)")
     arguments = parser.parse_args()
     text = {"num_hidden_layers": arguments.layers} if arguments.layers else {}
