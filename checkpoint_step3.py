@@ -186,19 +186,35 @@ def open_files(paths: list[str], weights_only: bool) -> dict[str, torch.Tensor]:
 
 def warn_of_slow_reading(model: PreTrainedModel, paths: list[str] | None) -> None:
     """On Linux, warns if mapped experts lie on a network file system or exceed the memory, and says what is read."""
-    if not paths or not Path("/proc/mounts").exists():
-        return
     experts = [module for module in model.modules() if isinstance(module, MappedExperts)]
+    if not (paths and experts and Path("/proc/mounts").exists()):
+        return
     size = sum(tensor.nbytes * module.num_experts for module in experts for tensor in module.stored(0)) / 1e9
     config = model.config.get_text_config()
     token = f"A token reads {size * config.moe_top_k / config.moe_num_experts:.3g} GB of {size:.3g} GB of experts"
     mounts = dict(line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines())
-    file_system = next(mounts[str(folder)] for folder in Path(paths[0]).resolve().parents if str(folder) in mounts)
+    folders = map(str, Path(paths[0]).resolve().parents)
+    file_system = next((mounts[folder] for folder in folders if folder in mounts), "")  # none in a chroot
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if re.match("nfs|cifs|smb|fuse|ceph|lustre|9p", file_system):
         logger.warning(f"{token} from a network file system ({file_system}): a copy on a local disk is faster.")
     elif size > memory:
         logger.warning(f"{token}, from the disk unless cached: this machine has {memory:.3g} GB of memory.")
+
+
+def check_fp8(weights: Mapping[str, torch.Tensor], settings) -> None:
+    """
+    Checks that fp8 `weights` can be dequantised.
+
+    Raises:
+        `ValueError`: if they have no scales, or the `settings` of their quantisation no blocks.
+    """
+    for name, weight in weights.items():
+        if weight.dtype == torch.float8_e4m3fn:
+            if getattr(settings, "weight_block_size", None) is None:
+                raise ValueError(f"{name} is fp8: `quantization_config` in config.json must have `weight_block_size`.")
+            if f"{name}_scale_inv" not in weights:
+                raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
 
 
 def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], checkpoint_files, load_config):
@@ -235,7 +251,7 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
         if module is not None and weight.dtype == torch.float8_e4m3fn:
             layer = BlockFP8Linear(model.get_submodule(module), settings.weight_block_size)
             model.set_submodule(module, layer)
-        elif module is not None:
+        elif module is not None and module.endswith(".gate"):  # an adapter's router has another name
             experts[name.removesuffix("gate.weight")] = model.get_submodule(module.removesuffix("gate") + "experts")
     for prefix in layers.keys() - experts.keys():  # layers that the model does not have
         others |= layers.pop(prefix)
@@ -248,6 +264,8 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
             module.block_size = tuple(settings.weight_block_size)
         module.map_weights(layers[prefix], prefix)
     for module_name, module in model.named_modules():
+        if isinstance(module, MappedExperts) and not module.weights:
+            raise ValueError(f"{module_name} has no weights: the checkpoint must have this layer's router and experts.")
         for number in range(module.num_experts if isinstance(module, MappedExperts) else 0):
             if (device := (load_config.device_map or {}).get(f"{module_name}.{number}")) is not None:
                 module.hold(number, device)
@@ -356,12 +374,14 @@ class Step3Checkpoint:
                 f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
                 "`quantization_config` in config.json must say how they are quantised."
             )
-        if mapped := [module for module in model.modules() if isinstance(module, MappedExperts)]:
-            if mapped[0].is_fp8:  # nothing is left to transformers' quantiser
-                if hasattr(model, "hf_quantizer"):
+        if experts_form(model) == "mapped":
+            if fp8 := [module for module in model.modules() if getattr(module, "is_fp8", False)]:
+                if hasattr(model, "hf_quantizer"):  # nothing is left to transformers' quantiser
                     model.hf_quantizer.remove_quantization_config(model)
-                model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": mapped[0].block_size}
-            model._weight_conversions = transforms_of(model)
+                model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": fp8[0].block_size}
+            for part in model.modules():  # which may be saved by itself
+                if isinstance(part, Step3Checkpoint):
+                    part._weight_conversions = transforms_of(part)
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -404,6 +424,8 @@ class Step3Checkpoint:
         if is_linear or is_mapped or is_fp8:
             if state_dict is None:
                 state_dict = open_files(checkpoint_files, load_config.weights_only)
+            if is_mapped or is_fp8:
+                check_fp8(state_dict, settings)
             if is_mapped:
                 return load_mapped(model, state_dict, checkpoint_files, load_config)
             if is_linear or settings.dequantize:
@@ -414,9 +436,8 @@ class Step3Checkpoint:
         if is_fp8:
             for name, weight in list(state_dict.items()):
                 if weight.dtype == torch.float8_e4m3fn:
-                    if (scale := state_dict.get(f"{name}_scale_inv")) is None:
-                        raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
                     if settings.dequantize:
+                        scale = state_dict[f"{name}_scale_inv"]
                         state_dict[f"{name}_scale_inv"] = divide_blocks(weight, scale, settings.weight_block_size)
                 elif settings.dequantize and not name.endswith("_scale_inv"):  # transformers 5.19 does not cast
                     state_dict[name] = weight.to(load_config.dtype)

@@ -80,6 +80,8 @@ def dequantize(
 class BlockFP8Linear(nn.Linear):
     """Linear layer whose weight stays in block-fp8, and is dequantised when it is used."""
 
+    is_fp8 = True
+
     def __init__(self, layer: nn.Linear, block_size: tuple[int, int]):
         super().__init__(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float8_e4m3fn)
         blocks = [math.ceil(size / block) for size, block in zip(self.weight.shape, block_size, strict=True)]
@@ -186,6 +188,8 @@ class MappedExperts(nn.Module):
                 weights[name] = found
                 used.update(names)
         self.weights = weights
+        for expert, (copy, *_) in self.held.items():
+            self.hold(expert, copy.device)
         return used
 
     @property
@@ -274,6 +278,7 @@ class MappedExperts(nn.Module):
         """
         output = torch.zeros_like(states)
         uses_mapped = states.device.type == "cpu" and self.weights[self.names[0]][0].dtype == states.dtype
+        uses_mapped &= not torch.is_autocast_enabled(states.device.type)
         # Otherwise gradients would keep a copy of each weight.
         recomputes = torch.is_grad_enabled() and not uses_mapped
         fetched = None if recomputes else self.fetch(experts, states.device)

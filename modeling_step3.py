@@ -594,7 +594,8 @@ class Step3TextMoE(nn.Module):
             )
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, top_k_weights, top_k_index = self.gate(tokens)
-        if isinstance(self.experts, MappedExperts):
+        has_hooks = self.experts._forward_hooks or self.experts._forward_pre_hooks
+        if isinstance(self.experts, MappedExperts) and not has_hooks:
             compute_routed = self.experts.begin(tokens, top_k_index, top_k_weights)
             shared = compute_shared()  # a GPU does this while the CPU computes the routed experts
             return compute_routed().view(hidden_states.shape) + shared

@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="conversations at a time (default: %(default)s)")
     parser.add_argument("--experts-implementation", help='such as "mapped" (default: the model\'s)')
     arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
     placement = None
     if torch.cuda.is_available():
         placement = {"": 0} if arguments.experts_implementation == "mapped" else "auto"

@@ -186,10 +186,15 @@ def main() -> None:
         parser.add_argument(option, type=kind, default=default, help=text)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON, in bytes")
     machine, found = parser.parse_args(), find_gpus()
-    machine.gpus = machine.gpus or (math.inf if machine.gpu_memory else len(found))
+    rates = [getattr(machine, f"{source}_rate") for source in RATES]
+    sizes = [machine.memory, *rates, *([] if machine.gpu_memory is None else [machine.gpu_memory])]
+    if not all(0 < size < math.inf for size in sizes) or machine.tokens < 0 or (machine.gpus or 0) < 0:
+        parser.error("memory and rates must be above 0, --gpus and --tokens at least 0")
+    if machine.gpus is None:
+        machine.gpus = math.inf if machine.gpu_memory else len(found)
     machine.gpu_memory = (machine.gpu_memory or min(found, default=80)) * GIB
     machine.memory *= GIB
-    machine.rates = {source: getattr(machine, f"{source}_rate") * GB for source in RATES}
+    machine.rates = {source: rate * GB for source, rate in zip(RATES, rates, strict=True)}
     try:
         plan = make_plan(machine.directory, machine)
     except CheckpointError as error:

@@ -1,6 +1,7 @@
 """Experts that stay in the checkpoint's files: `experts_implementation="mapped"`."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import (
     assert_close,
     assert_same_tensors,
+    dequantised,
     make_fp8_checkpoint,
     one_by_one,
     small_batch,
@@ -19,7 +21,7 @@ from evaluate_tiny import answer_scenes, fresh_scenes
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from step3_vl import Step3VLForConditionalGeneration
+from step3_vl import Step3VisionModel, Step3VLForConditionalGeneration
 from step3_vl.experts_step3 import MappedExperts
 
 
@@ -87,15 +89,42 @@ def test_saving_gives_the_same_tensors_and_leaves_the_mapped_file_whole(director
     before = again(**batch).logits
     again.save_pretrained(tmp_path)
     assert torch.equal(again(**batch).logits, before)
+    for part in (again.model, again.model.language_model):
+        part.save_pretrained(tmp_path / type(part).__name__)
+        saved = weights_in(tmp_path / type(part).__name__)
+        names = {name.removeprefix("model.") for name in weights_in(directory)}
+        assert {name.removeprefix("model.") for name in saved if "layers" in name} <= names
     copied = copy.deepcopy(again)
     assert files_at(experts_of(copied)[0].stored(0)) == files_at(experts_of(again)[0].stored(0))
+
+
+@pytest.mark.parametrize("unquantised", [r"\.moe\.", r"layers\.1\.", r"layers\.2\.moe\.", r"self_attn"])
+def test_fp8_in_some_layers_only(unquantised, tmp_path):
+    directory = make_fp8_checkpoint(tmp_path / "model")
+    weights, plain = weights_in(directory), dequantised(directory, torch.bfloat16)
+    for name in [name for name in plain if f"{name}_scale_inv" in weights and re.search(unquantised, name)]:
+        weights[name] = plain[name]
+        del weights[f"{name}_scale_inv"]
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    model = mapped(directory)
+    model.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(weights_in(tmp_path / "saved"), weights)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    batch = inputs_for(model)
+    assert_close(mapped(tmp_path / "saved", dtype=torch.float32)(**batch).logits, loaded(**batch).logits)
 
 
 def test_weights_are_replaced_and_never_written_to_the_file(directory):
     model, other = mapped(directory), mapped(directory)
     before = {path: path.read_bytes() for path in directory.glob("*.safetensors")}
     weights = {name: torch.zeros_like(weight) for name, weight in model.state_dict().items()}
+    experts = experts_of(model)[0]
+    experts.hold(0, "meta")
+    held = experts.held[0]
     model.load_state_dict(weights)
+    assert experts.held.pop(0)[0] is not held[0]
     assert not any(weight.float().any() for weight in experts_of(model)[0].stored(0))
     assert any(weight.float().any() for weight in experts_of(other)[0].stored(0))
     assert before == {path: path.read_bytes() for path in before}
@@ -149,6 +178,53 @@ def test_adapters_learn_as_with_loaded_experts(directory, is_checkpointed):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "stored, is_autocast", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
+def test_training_keeps_no_copies_of_experts(stored, is_autocast, tmp_path):
+    small_model(dtype=stored).save_pretrained(tmp_path)
+    model, kept = mapped(tmp_path, dtype=torch.float32), []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=is_autocast),
+    ):
+        logits = model(input_ids=torch.tensor([[5, 6, 8, 9]])).logits
+    experts = [tensor for tensor in kept if sorted(tensor.shape) == [24, 48]]
+    assert files_at(experts) <= {"model.safetensors"}
+    logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.any()
+
+
+def test_adapters_with_a_router_of_their_own_are_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+    small_model().save_pretrained(tmp_path / "model")
+    tuned = peft.get_peft_model(
+        mapped(tmp_path / "model"), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"])
+    )
+    for parameter in filter(lambda parameter: parameter.requires_grad, tuned.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path / "adapter")
+    model = mapped(tmp_path / "model")
+    model.load_adapter(str(tmp_path / "adapter"))
+    batch = small_batch(model)
+    assert torch.equal(model(**batch).logits, tuned(**batch).logits)
+
+
+def test_hooks_of_experts_are_called(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    model, outputs = mapped(tmp_path), []
+    expected = model(input_ids=torch.tensor([[5, 6]])).logits
+    for experts in experts_of(model):
+        experts.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    assert torch.equal(model(input_ids=torch.tensor([[5, 6]])).logits, expected)
+    assert [output.shape for output in outputs] == [(2, 48)] * 2
+
+
+def test_the_vision_encoder_has_no_experts(tmp_path):
+    small_model().save_pretrained(tmp_path)
+    assert not experts_of(Step3VisionModel.from_pretrained(tmp_path, experts_implementation="mapped"))
+
+
 def test_what_cannot_be_mapped_is_an_error(tmp_path):
     small_model().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
@@ -164,9 +240,23 @@ def test_what_cannot_be_mapped_is_an_error(tmp_path):
         ({name: tensors[name][1:].clone()}, rf"{name} takes \d+ experts of the shape .*, the checkpoint has \d+ of"),
         ({name: tensors[name][:, 1:].clone()}, rf"{name} takes \d+ experts of the shape"),
         ({name: None}, rf"{name} takes \d+ experts of the shape .*, the checkpoint has 0"),
-        ({name: tensors[name].to(torch.float8_e4m3fn)}, rf"{name}_scale_inv takes"),
+        ({name: tensors[name].to(torch.float8_e4m3fn)}, f"{name} is fp8: .* must have `weight_block_size`"),
+        ({name.replace("up_proj", "gate"): None}, "moe.experts has no weights"),
+        ({other: None for other in tensors if other.startswith("model.layers.2.")}, "moe.experts has no weights"),
     ):
         changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
         save_file(changed, path, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
             mapped(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.moe.up_proj.weight"])
+def test_fp8_without_scales_is_an_error(name, tmp_path):
+    directory = make_fp8_checkpoint(tmp_path / "model")
+    weights = weights_in(directory)
+    del weights[f"{name}_scale_inv"]
+    for path in directory.glob("*.safetensors*"):
+        path.unlink()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is fp8, but the checkpoint has no {name}_scale_inv"):
+        mapped(directory)

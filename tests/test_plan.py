@@ -73,6 +73,14 @@ def test_step3_tiny():
     assert output["bytes"]["stored"]["experts"] == experts
 
 
+def test_options():
+    rows = run("plan.py", TINY, "--gpus", 0, "--gpu-memory", 80).stdout.splitlines()
+    assert "no" in next(row for row in rows if "mapped, one GPU" in row).split()
+    for option in ("--memory=-1", "--disk-rate=0", "--gpu-memory=nan", "--tokens=-1"):
+        result = run("plan.py", TINY, option)
+        assert result.returncode == 2 and "must be above 0" in result.stderr
+
+
 def test_no_config(tmp_path):
     result = run("plan.py", tmp_path)
     assert result.returncode == 2 and "'config.json' is missing from" in result.stderr
