@@ -364,14 +364,18 @@ class Step3Checkpoint:
         As for any model.
 
         Raises:
-            `ValueError`: if expert weights are quantised in a format that the config does not describe.
+            `ValueError`: if weights are quantised in a format that the config does not describe.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # One by one, or, as older releases report them, by the stacked weight's name.
         quantised = re.compile(r"\.moe\.experts\.(\d+\.\w+_proj\.(?!weight(_scale_inv)?$)|\w+_proj_(?!scale_inv$))")
-        if experts := [name for name in info["unexpected_keys"] if quantised.search(name)]:
+        unexpected = set(info["unexpected_keys"])
+        unused = [name for name in unexpected if quantised.search(name)]
+        scales = (name for name in unexpected if name.endswith("_scale_inv"))
+        unused += [name for name in scales if name.removesuffix("_scale_inv") not in unexpected]
+        if unused:
             raise ValueError(
-                f"{len(experts)} weights of experts, such as {min(experts)}, are in a form that is not known: "
+                f"{len(unused)} weights or scales, such as {min(unused)}, are in a form that is not known: "
                 "`quantization_config` in config.json must say how they are quantised."
             )
         if experts_form(model) == "mapped":

@@ -1,11 +1,20 @@
 """Released checkpoints read as they are, by `from_pretrained`."""
 
+import shutil
 from pathlib import Path
 
 import convert_checkpoint
 import pytest
 import torch
-from conftest import assert_same_tensors, dequantised, load_whole, make_fp8_checkpoint, one_by_one, weights_in
+from conftest import (
+    assert_same_tensors,
+    dequantised,
+    edit_json,
+    load_whole,
+    make_fp8_checkpoint,
+    one_by_one,
+    weights_in,
+)
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -176,8 +185,8 @@ def test_as_many_experts_as_the_config_says(checkpoints, tmp_path, kind, number,
     ("kind", "experts", "old", "new", "message"),
     [
         ("bfloat16", "eager", "1.moe.experts.1.", "1.moe.experts.8.", r"experts from 0 on, .* \[0, 2, .*, 8\]"),
-        ("bfloat16", "eager", "_proj.weight", "_proj.qweight", "weights of experts, .*qweight, are in a form that"),
-        ("bfloat16", "linear", "_proj.weight", "_proj.qweight", "weights of experts, .*qweight, are in a form that"),
+        ("bfloat16", "eager", "_proj.weight", "_proj.qweight", "weights or scales, .*qweight, are in a form that"),
+        ("bfloat16", "linear", "_proj.weight", "_proj.qweight", "weights or scales, .*qweight, are in a form that"),
         (
             "fp8",
             "eager",
@@ -197,4 +206,12 @@ def test_what_is_not_whole_is_refused(checkpoints, tmp_path, kind, experts, old,
 
     directory = single_experts(checkpoints[kind], tmp_path / "model", change)
     with pytest.raises(ValueError, match=message):
+        AutoModelForImageTextToText.from_pretrained(directory, experts_implementation=experts)
+
+
+@pytest.mark.parametrize("experts", ["eager", "linear", "mapped"])
+def test_fp8_without_its_config_is_refused(checkpoints, tmp_path, experts):
+    directory = shutil.copytree(checkpoints["fp8"], tmp_path / "model")
+    edit_json(directory / "config.json", lambda config: config.pop("quantization_config"))
+    with pytest.raises(ValueError, match="`quantization_config` in config.json must"):
         AutoModelForImageTextToText.from_pretrained(directory, experts_implementation=experts)
