@@ -79,10 +79,12 @@ class Step3BoundedCache(Cache):
             it, `generate` stops when the cache is full.
 
     Raises:
-        `ValueError`: if tokens do not fit, before any layer changes.
+        `ValueError`: if `max_length` or `keep` is out of range, or tokens do not fit, before any layer changes.
     """
 
     def __init__(self, config: Step3VLConfig | Step3TextConfig, max_length: int, keep: int | None = None):
+        if max_length < 1 or (keep is not None and not 0 < keep < max_length):
+            raise ValueError(f"`max_length` must be at least 1 and `keep` below it, got {max_length} and {keep}.")
         super().__init__(layers=[BoundedLayer() for _ in range(config.get_text_config().num_hidden_layers)])
         self.max_length, self.keep = max_length, keep
 

@@ -1108,13 +1108,20 @@ class Step3VLModel(Step3VLPreTrainedModel):
             raise ValueError(
                 "Give pictures as `pixel_values`, `image_embeds` or `mm_encoder_outputs`, only one of them."
             )
+        if pixel_values is None and patch_pixel_values is not None:
+            raise ValueError("`patch_pixel_values` belong to `pixel_values`: pass these, too.")
+        if mm_encoder_outputs and encoded is None:
+            raise ValueError(f"`mm_encoder_outputs` must hold `image`, got {sorted(mm_encoder_outputs)}.")
         if pixel_values is not None:
             encoded = self.get_image_features(pixel_values, patch_pixel_values, num_patches, return_dict=True, **kwargs)
         features = image_embeds if encoded is None else encoded.pooler_output
         if features is None or len(features) == 0:
             return None, None
         parts = [features] if isinstance(features, torch.Tensor) else features
-        return torch.cat([part.reshape(-1, self.config.text_config.hidden_size) for part in parts]), encoded
+        width = self.config.text_config.hidden_size
+        if shapes := [tuple(part.shape) for part in parts if part.ndim < 2 or part.shape[-1] != width]:
+            raise ValueError(f"`image_embeds` must have the shape (..., rows, {width}), got {shapes[0]}.")
+        return torch.cat([part.flatten(0, -2) for part in parts]), encoded
 
     def get_image_token_mask(
         self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
@@ -1438,6 +1445,8 @@ def check_inputs(
     if isinstance(cache, Cache):  # not continuous batching's, which has no rows or length
         cached, is_static = cache.get_seq_length(), cache.is_compileable
         limits.append((max_length_of(cache), "tokens of the cache"))
+        if not torch.compiler.is_compiling():  # comparing lengths would recompile for each one
+            check_cache(config, cache, batch_size)
     if position_ids is None and config.longest_sequence is not None:
         limits.append((config.longest_sequence, "positions of the model"))
     total = cached + num_new
@@ -1475,6 +1484,19 @@ def check_inputs(
         raise ValueError(
             "`attention_mask` must have the shape (batch, cached and new tokens) or (batch, heads, new tokens, keys) "
             f"for {cached} cached and ({batch_size}, {num_new}) new tokens, got {shape}."
+        )
+
+
+def check_cache(config: Step3TextConfig, cache: Cache, batch_size: int) -> None:
+    """Raises a `ValueError` if the cache holds keys of another model or batch size, before some layers are written."""
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    shapes = {(each.shape[0], each.shape[3]) for each in keys if isinstance(each, torch.Tensor) and each.ndim == 4}
+    num_filled = sum(isinstance(each, torch.Tensor) and each.ndim == 4 for each in keys)
+    expected = (batch_size, config.head_dim)
+    if shapes - {expected} or num_filled not in (0, config.num_hidden_layers):
+        raise ValueError(
+            f"`cache` must have {config.num_hidden_layers} layers of keys with (batch, head_dim) {expected}, got "
+            f"{num_filled} with {sorted(shapes)}."
         )
 
 

@@ -79,9 +79,15 @@ CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- endif %}
 {%- endmacro %}
+{%- macro quoted(name) %}
+{%- if name is not string or '"' in name %}
+{{- raise_exception('The name of a tool or argument must be a string without a quotation mark, not ' ~ name ~ '.') }}
+{%- endif %}
+{{- '"' ~ name ~ '"' }}
+{%- endmacro %}
 {%- macro steps(call) %}
 {%- set call = call.function if call.function is defined else call %}
-{{- '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="' ~ call.name ~ '">' }}
+{{- '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name=' ~ quoted(call.name) ~ '>' }}
 {%- set arguments = call.arguments or {} %}
 {%- if arguments is not mapping %}
 {{- raise_exception('The arguments of a tool call must be a mapping, not ' ~ arguments ~ '.') }}
@@ -91,7 +97,7 @@ CHAT_TEMPLATE = """\
 {%- if '</steptml:parameter>' in value %}
 {{- raise_exception('The argument ' ~ key ~ ' of a tool call holds the mark of its own end.') }}
 {%- endif %}
-{{- '<steptml:parameter name="' ~ key ~ '">' ~ value ~ '</steptml:parameter>' }}
+{{- '<steptml:parameter name=' ~ quoted(key) ~ '>' ~ value ~ '</steptml:parameter>' }}
 {%- endfor %}
 {{- '</steptml:invoke><｜tool_call_end｜>' }}
 {%- endmacro %}

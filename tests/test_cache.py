@@ -72,6 +72,8 @@ def test_what_does_not_fit_is_refused(model):
     Step3BoundedCache(model.config, 6).reclaim(3)  # of none
     for message, call in (
         ("At least 1 token must be kept, got 0", lambda: full.reclaim(0)),
+        ("must be at least 1 .* got -3", lambda: Step3BoundedCache(model.config, -3)),
+        ("`keep` below it, got 6 and 6", lambda: Step3BoundedCache(model.config, 6, keep=6)),
         ("3 tokens cannot be removed: 2 are held, the others were dropped", lambda: cut.crop(-3)),
         ("`attention_mask` must have", lambda: model(ids[:, :1], cache=making_room, attention_mask=torch.ones(1, 3))),
         ("7 new tokens do not fit in a cache of 6", lambda: model(torch.arange(20, 27)[None], cache=making_room)),

@@ -126,6 +126,21 @@ def test_what_does_not_fit_is_refused(model, batch, message, changes):
     assert_same_tensors(batch, before)
 
 
+def test_image_features_of_another_form_are_refused(model, batch):
+    features = run(model, **batch).image_hidden_states
+    patches = batch.pop("patch_pixel_values")
+    pictures = {name: batch.pop(name) for name in ("pixel_values", "num_patches")}
+    for message, given in (
+        (r"shape \(..., rows, 48\), got \(48, 15\)", {"image_embeds": features.T}),
+        (r"shape \(..., rows, 48\), got \(720,\)", {"image_embeds": (features.flatten(),)}),
+        ("only one of them", {**pictures, "image_embeds": features}),
+        ("belong to `pixel_values`", {"patch_pixel_values": patches}),
+        (r"must hold `image`, got \['video'\]", {"mm_encoder_outputs": {"video": features}}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, **batch, **given)
+
+
 @pytest.mark.defect(5)
 def test_rows_of_the_encoder_that_make_no_square_are_refused(model):
     with pytest.raises(RuntimeError, match=r"sizes \[3, 3\] don't multiply up to the size of dim 2 \(15\)"):
@@ -138,17 +153,25 @@ def test_a_step_that_is_refused_leaves_the_cache_as_it_was(model, batch):
     ids, mask = torch.full((3, 2), 15), torch.cat([batch["attention_mask"], torch.ones(3, 2).long()], 1)
     expected = run(model, ids, attention_mask=mask, cache=copy.deepcopy(cache)).logits
     wider = cache_of(run(small_model(small_config(text={"head_dim": 32})), **batch))
+    deeper = cache_of(run(small_model(small_config(text={"num_hidden_layers": 4})), **batch))
+    other_rows = StaticCache(config=model.config, max_cache_len=20)
+    run(model, torch.full((2, 14), 15), cache=other_rows)
     for message, changes in (
         (r"for 14 cached and \(3, 2\) new tokens, got \(3, 15\)", {"attention_mask": mask[:, :-1]}),
         (r"for 14 cached and \(3, 2\) new tokens, got \(2, 16\)", {"attention_mask": mask[:2]}),
-        ("Sizes of tensors must match", {"input_ids": ids[:2], "attention_mask": mask[:2]}),
+        (
+            r"\(batch, head_dim\) \(2, 16\), got 3 with \[\(3, 16\)\]",
+            {"input_ids": ids[:2], "attention_mask": mask[:2]},
+        ),
         ("index out of range", {"input_ids": ids + 97}),
         ("between 0 and 511, got -1 to -1", {"position_ids": torch.full_like(ids, -1)}),
-        ("Sizes of tensors must match", {"cache": wider}),
+        (r"`cache` must have .* got 3 with \[\(3, 32\)\]", {"cache": wider}),
+        (r"`cache` must have 3 layers .* got 4", {"cache": deeper}),
+        (r"`cache` must have .* got 3 with \[\(2, 16\)\]", {"cache": other_rows}),
     ):
         with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
             run(model, **{"input_ids": ids, "attention_mask": mask, "cache": cache, **changes})
-    assert cache.get_seq_length() == wider.get_seq_length() == 14
+    assert {int(each.get_seq_length()) for each in (cache, wider, deeper, other_rows)} == {14}
     assert torch.equal(run(model, ids, attention_mask=mask, cache=cache).logits, expected)
 
 

@@ -533,6 +533,8 @@ def test_tools_and_reasoning_round_trip(processor):
         {"role": "assistant", "content": "", "function_call": {"name": "get_weather", "arguments": "{}"}},
         {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": "{"}]},
         {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": [1]}]},
+        {"role": "assistant", "tool_calls": [{"name": 'get_"weather"', "arguments": {}}]},
+        {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {'"': "Rome"}}]},
         {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "</steptml:parameter>"}}]},
     ],
 )
