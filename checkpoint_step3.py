@@ -217,6 +217,12 @@ def check_fp8(weights: Mapping[str, torch.Tensor], settings) -> None:
                 raise ValueError(f"{name} is fp8, but the checkpoint has no {name}_scale_inv.")
 
 
+def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config on the meta device, with none of its modules quantised."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
 def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], checkpoint_files, load_config):
     """
     Gives mapped experts views of their weights, and loads all others as usual, except that block-fp8 stays as it is and
@@ -229,8 +235,7 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
     settings = getattr(load_config.hf_quantizer, "quantization_config", None)
     is_fp8 = getattr(settings, "quant_method", None) == "fp8"
     if is_fp8:
-        with torch.device("meta"):
-            plain = type(model)(model.config)
+        plain = without_weights(model)
         for name, module in list(model.named_modules()):
             if type(module).__module__ == FP8Experts.__module__:  # put there by transformers
                 model.set_submodule(name, plain.get_submodule(name))
@@ -285,8 +290,7 @@ def replace_unquantized(model: PreTrainedModel, names: Iterable[str], load_confi
     converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
     own_names = model.state_dict()
     found = {rename_source_key(name, renamings, converters, model.base_model_prefix, own_names)[0] for name in names}
-    with torch.device("meta"):
-        plain = type(model)(model.config)
+    plain = without_weights(model)
     for name in own_names:
         if name.endswith("_scale_inv") and name not in found and own_names[name].is_meta:  # not when loading adapters
             module_name = name.rpartition(".")[0]

@@ -44,7 +44,7 @@ def not_compiled():
     ("name", "attention", "experts"),
     [
         *itertools.product(("text_only", "mixed", "renorm"), ("eager", "sdpa"), ("eager", "step3")),
-        *itertools.product(("mixed", "renorm"), ("sdpa",), ("batched_mm", "grouped_mm")),
+        *itertools.product(("mixed", "renorm"), ("sdpa",), ("batched_mm", "grouped_mm", "mapped")),
         # On a CPU flex attention takes heads 16, 32, 64, … wide: the text model's, except `renorm`'s.
         ("mixed", "flex_attention", "step3"),
     ],
