@@ -14,6 +14,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -23,11 +24,13 @@ import pyarrow as pa
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conversations import BadData
 from datasets import Dataset
 from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from training_data import METHODS, Sample, load_processor, read_samples
 from transformers import (
@@ -297,6 +300,8 @@ def last_checkpoint(output: Path) -> Path | None:
 def train(options: Options, training, model_options: ModelConfig, data: tuple, processor: Step3VLProcessor) -> None:
     """Trains from the start or the last complete checkpoint, and saves OUTPUT/adapter or OUTPUT/model."""
     (train_data, eval_data), output = data, Path(training.output_dir)
+    if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState().distributed_type = DistributedType.MULTI_GPU  # else accelerate splits nothing on a CPU
     model = load_model(
         options,
         model_options,
@@ -340,6 +345,8 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, p
     if is_first and model_options.use_peft:
         trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_checkpoint(output))
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trainer.model.parameters())
+    print(f"process {PartialState().process_index} holds {held / 2**20:.2f} MiB of weights")
     final = output / ("adapter" if model_options.use_peft else "model")
     with replacing(final) if is_first else contextlib.nullcontext(final) as unfinished:
         trainer.save_model(str(unfinished))  # all processes give their parts, and the first writes
