@@ -38,6 +38,7 @@ from transformers import (
     AutoModelForImageTextToText,
     EarlyStoppingCallback,
     PreTrainedModel,
+    Trainer,
     TrainerCallback,
 )
 from trl import (
@@ -162,6 +163,14 @@ def pixels_of(samples: list[dict], image_processor: Step3VLImageProcessor) -> di
     images = [image for sample in samples for image in sample["images"]]
     inputs = image_processor(image_processor.fetch_images(images), return_tensors="pt") if images else {}
     return {name: inputs[name] for name in image_processor.model_input_names if name in inputs}
+
+
+class WholeLogitsTrainer(SFTTrainer):
+    """Computes the loss from the model's logits. TRL multiplies by the head's weight itself, and when that is split over
+    processes, its gradient lacks what the other processes learn."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 class AskQuestions(TrainerCallback):
@@ -297,11 +306,16 @@ def last_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def train(options: Options, training, model_options: ModelConfig, data: tuple, processor: Step3VLProcessor) -> None:
+def train(options: Options, training, model_options: ModelConfig, data: tuple, config, processor) -> None:
     """Trains from the start or the last complete checkpoint, and saves OUTPUT/adapter or OUTPUT/model."""
     (train_data, eval_data), output = data, Path(training.output_dir)
-    if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    trainer_class, is_split = TRAINERS[options.method][0], os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if training.use_cpu and is_split:
         PartialState().distributed_type = DistributedType.MULTI_GPU  # else accelerate splits nothing on a CPU
+    if is_split and (not model_options.use_peft or "vocabulary" in options.targets):
+        if options.method != "sft":
+            raise ValueError(f"TRL's {options.method} does not train a head that is split over processes: use adapters")
+        trainer_class = WholeLogitsTrainer
     model = load_model(
         options,
         model_options,
@@ -331,7 +345,7 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, p
         else:  # without images, TRL packs
             keep = ["input_ids", "labels"]
             train_data, eval_data = (data and data.select_columns(keep) for data in (train_data, eval_data))
-    trainer = TRAINERS[options.method][0](
+    trainer = trainer_class(
         model,
         args=training,
         data_collator=collator,
@@ -349,7 +363,17 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, p
     print(f"process {PartialState().process_index} holds {held / 2**20:.2f} MiB of weights")
     final = output / ("adapter" if model_options.use_peft else "model")
     with replacing(final) if is_first else contextlib.nullcontext(final) as unfinished:
-        trainer.save_model(str(unfinished))  # all processes give their parts, and the first writes
+        if model_options.use_peft:
+            trainer.save_model(str(unfinished))  # all processes give their parts, and the first writes
+        else:
+            state_dict = trainer.accelerator.get_state_dict(trainer.model)
+        if is_first and not model_options.use_peft:
+            # Not `trainer.model`, whose class FSDP replaces and whose config the trainer changes.
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config)
+            model.generation_config = trainer.model.generation_config
+            model.save_pretrained(unfinished, state_dict=state_dict)
+            processor.save_pretrained(unfinished)
         if is_first:
             (unfinished / "training_args.bin").unlink(missing_ok=True)
             (output / "README.md").unlink(missing_ok=True)  # TRL's, which is wrong for this model
@@ -414,7 +438,7 @@ def finetune(options: Options, training, model_options: ModelConfig, config: Ste
     max_length = training.max_length or config.get_text_config().longest_sequence
     data = prepare_data(options, output, settings, max_length, processor)
     if not (output / "adapter").exists():
-        train(options, training, model_options, data, processor)
+        train(options, training, model_options, data, config, processor)
         gc.collect()  # frees the model and its trainer, which refer to each other
     if options.merge and PartialState().is_main_process:
         merge(options, model_options, output, processor)
