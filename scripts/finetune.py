@@ -166,8 +166,10 @@ def pixels_of(samples: list[dict], image_processor: Step3VLImageProcessor) -> di
 
 
 class WholeLogitsTrainer(SFTTrainer):
-    """Computes the loss from the model's logits. TRL multiplies by the head's weight itself, and when that is split over
-    processes, its gradient lacks what the other processes learn."""
+    """
+    Computes the loss from the model's logits. TRL multiplies by the head's weight itself; if that is split over
+    processes, its gradient then lacks what the others learn.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
@@ -272,8 +274,8 @@ def prepare_data(
 
 def load_model(options: Options, model_options: ModelConfig, **kwargs) -> PreTrainedModel:
     """
-    The model, on all GPUs in a single process; for several, the trainer places it. Experts with adapters are linear layers,
-    as PEFT would otherwise make all of their changed weights anew in each step.
+    The model, on all GPUs in a single process; for several, the trainer places it. Experts with adapters are linear
+    layers, as PEFT would otherwise make all of their changed weights anew in each step.
     """
     if PartialState().device.type == "cuda" and PartialState().num_processes == 1:
         kwargs.setdefault("device_map", "auto")
@@ -361,22 +363,19 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_checkpoint(output))
     held = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in trainer.model.parameters())
     print(f"process {PartialState().process_index} holds {held / 2**20:.2f} MiB of weights")
-    final = output / ("adapter" if model_options.use_peft else "model")
-    with replacing(final) if is_first else contextlib.nullcontext(final) as unfinished:
-        if model_options.use_peft:
-            trainer.save_model(str(unfinished))  # all processes give their parts, and the first writes
-        else:
-            state_dict = trainer.accelerator.get_state_dict(trainer.model)
-        if is_first and not model_options.use_peft:
-            # Not `trainer.model`, whose class FSDP replaces and whose config the trainer changes.
+    # Every process gives its parts of the weights, and the first writes.
+    state_dict = trainer.accelerator.get_state_dict(trainer.model)
+    if is_first:
+        model = trainer.model
+        if not model_options.use_peft:
+            # Not the trained model, whose class FSDP replaces and whose config the trainer changes.
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config)
             model.generation_config = trainer.model.generation_config
+        with replacing(output / ("adapter" if model_options.use_peft else "model")) as unfinished:
             model.save_pretrained(unfinished, state_dict=state_dict)
             processor.save_pretrained(unfinished)
-        if is_first:
-            (unfinished / "training_args.bin").unlink(missing_ok=True)
-            (output / "README.md").unlink(missing_ok=True)  # TRL's, which is wrong for this model
+        (output / "README.md").unlink(missing_ok=True)  # TRL's, which is wrong for this model
 
 
 def merge(options: Options, model_options: ModelConfig, output: Path, processor: Step3VLProcessor) -> None:
