@@ -36,7 +36,9 @@ from training_data import METHODS, Sample, load_processor, read_samples
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CompressedTensorsConfig,
     EarlyStoppingCallback,
+    FineGrainedFP8Config,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -67,6 +69,8 @@ TARGETS = {
     "experts": r".*\.moe\.experts\.\d+\.(gate_proj|up_proj|down_proj)",
     "vision": r".*vision_model\..*\.(qkv_proj|out_proj|fc1|fc2)|.*\.vit_large_projector",
 }
+# How weights that are stored in these forms are loaded.
+DEQUANTIZED = {"fp8": FineGrainedFP8Config, "compressed-tensors": CompressedTensorsConfig}
 # The layers to train in full for words that the model never generates.
 VOCABULARY = ["embed_tokens", "lm_head"]
 # The best learning rate falls with the model's width: Schulman et al., "LoRA Without Regret" (2025), fitted it for text
@@ -272,11 +276,15 @@ def prepare_data(
     return parts["train"], parts["test"]
 
 
-def load_model(options: Options, model_options: ModelConfig, **kwargs) -> PreTrainedModel:
+def load_model(options: Options, model_options: ModelConfig, config: Step3VLConfig, **kwargs) -> PreTrainedModel:
     """
     The model, on all GPUs in a single process; for several, the trainer places it. Experts with adapters are linear
-    layers, as PEFT would otherwise make all of their changed weights anew in each step.
+    layers, as PEFT would otherwise make all of their changed weights anew in each step. Weights that are stored in fp8
+    or by compressed-tensors are dequantised, since they cannot be trained on or merged into as they are.
     """
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method in DEQUANTIZED:
+        kwargs["quantization_config"] = DEQUANTIZED[method](dequantize=True)
     if PartialState().device.type == "cuda" and PartialState().num_processes == 1:
         kwargs.setdefault("device_map", "auto")
     if model_options.use_peft and "experts" in options.targets:
@@ -321,6 +329,7 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
     model = load_model(
         options,
         model_options,
+        config,
         attn_implementation=model_options.attn_implementation,
         quantization_config=get_quantization_config(model_options),
         **(training.model_init_kwargs or {}),
@@ -378,11 +387,11 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
         (output / "README.md").unlink(missing_ok=True)  # TRL's, which is wrong for this model
 
 
-def merge(options: Options, model_options: ModelConfig, output: Path, processor: Step3VLProcessor) -> None:
+def merge(options: Options, model_options: ModelConfig, output: Path, config, processor: Step3VLProcessor) -> None:
     """Merges OUTPUT/adapter into the stored weights and saves the whole model in OUTPUT/merged."""
     experts = {"experts_implementation": "linear"} if model_options.load_in_4bit or model_options.load_in_8bit else {}
     model_options.dtype = "auto"
-    model = load_model(options, model_options, **experts)
+    model = load_model(options, model_options, config, **experts)
     save_whole(output / "merged", PeftModel.from_pretrained(model, output / "adapter").merge_and_unload(), processor)
 
 
@@ -440,7 +449,7 @@ def finetune(options: Options, training, model_options: ModelConfig, config: Ste
         train(options, training, model_options, data, config, processor)
         gc.collect()  # frees the model and its trainer, which refer to each other
     if options.merge and PartialState().is_main_process:
-        merge(options, model_options, output, processor)
+        merge(options, model_options, output, config, processor)
 
 
 def check_numbers(*groups: object) -> None:

@@ -1,4 +1,4 @@
-"""Draws scenes and writes conversations about them for `finetune_lora.py`, with answers of a new kind for step3-tiny.
+"""Draws scenes and writes conversations about them for `finetune.py`, with answers of a new kind for step3-tiny.
 
 python scripts/tiny/draw_conversations.py DIRECTORY
 """
