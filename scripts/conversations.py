@@ -69,7 +69,6 @@ ROLE_NAMES = {
     "tool_response": "tool",
 }
 CALL_ROLES = ("function_call", "tool_call")  # an assistant's message that is a call in JSON
-THINK = re.compile(r"<think>(.+?)</think>(.*)", re.DOTALL)
 MAX_SHOWN = 20  # errors; the others are counted
 
 # Where the sizes of images that were read once are remembered, by path and time of the last change.
@@ -320,7 +319,7 @@ def read_message(message: dict) -> tuple[dict, list]:
     """
     role = message["role"]
     check_keys(message, MESSAGE_KEYS[role])
-    parts, read = {}, {"role": role}
+    parts = {}
     if role == "assistant":
         parts = {name: message[name] for name in ("reasoning_content", "reasoning") if message.get(name)}
         if len(parts) > 1:
@@ -336,10 +335,8 @@ def read_message(message: dict) -> tuple[dict, list]:
         raise ValueError("only messages of the user and of tools can have images or <image>")
     if role in ("user", "assistant") and not references and not parts and not "".join(pieces).strip():
         raise ValueError("is empty")
-    if role == "assistant" and "tool_calls" not in parts and (think := THINK.fullmatch("".join(pieces))):
-        parts, pieces = {**parts, "reasoning_content": think[1]}, [think[2]] if think[2] else []
-    read["content"] = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in pieces]
-    return {**read, **parts}, references
+    content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image"} for x in pieces]
+    return {"role": role, "content": content, **parts}, references
 
 
 def read_conversation(
@@ -388,8 +385,8 @@ def read_conversation(
         messages.append(read)
         references += pictures
 
-    if is_loose and given and not faults and not references:  # TRL puts them before the first question
-        first = next(message for message in messages if message["role"] == "user")
+    first = next((message for message in messages if message["role"] == "user"), None)
+    if is_loose and first and given and not references and not faults:  # TRL puts them before the first question
         first["content"] = [{"type": "image"}] * len(given) + first["content"]
         references = [None] * len(given)
     if (num_marks := references.count(None)) != len(given):

@@ -31,7 +31,6 @@ from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 from training_data import METHODS, Sample, load_processor, read_samples
 from transformers import (
     AutoConfig,
@@ -87,6 +86,7 @@ DEFAULTS = {
     "save_steps": 0.25,
     "eval_steps": 0.25,
     "eval_strategy": "steps",
+    "eval_on_start": True,
     "save_total_limit": 2,
     "dataloader_num_workers": 4 if torch.cuda.is_available() else 0,
 }
@@ -186,7 +186,7 @@ class AskQuestions(TrainerCallback):
         self.samples, self.processor, self.batch_size = samples, processor, batch_size
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
     @torch.no_grad()
@@ -195,15 +195,11 @@ class AskQuestions(TrainerCallback):
         tokenizer, answers, truths = self.processor.tokenizer, [], []
         for start in range(0, len(self.samples), self.batch_size):
             samples = self.samples.select(range(start, min(start + self.batch_size, len(self.samples)))).to_list()
-            prompts = [torch.tensor(sample["input_ids"][: sample["num_prompt"]]) for sample in samples]
+            prompts = [sample["input_ids"][: sample["num_prompt"]] for sample in samples]
             right = [sample["input_ids"][sample["num_prompt"] :] for sample in samples]
-            pad = {"batch_first": True, "padding_side": "left"}
-            inputs = {
-                "input_ids": pad_sequence(prompts, padding_value=tokenizer.pad_token_id, **pad),
-                "attention_mask": pad_sequence([torch.ones_like(prompt) for prompt in prompts], **pad),
-                **pixels_of(samples, self.processor.image_processor),
-            }
-            inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
+            inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+            inputs.update(pixels_of(samples, self.processor.image_processor))
+            inputs = inputs.to(args.device)
             output = model.generate(**inputs, max_new_tokens=max(map(len, right)) + MORE_TOKENS, do_sample=False)
             answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             truths += tokenizer.batch_decode(right, skip_special_tokens=True)
@@ -340,7 +336,7 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
     training.model_init_kwargs = None
     training.remove_unused_columns = False  # they are the collator's
     training.eval_strategy = training.eval_strategy if eval_data else "no"
-    training.eval_on_start = eval_data is not None
+    training.eval_on_start = training.eval_on_start and eval_data is not None
     if eval_data and options.ask:
         samples = eval_data.select(range(min(options.ask, len(eval_data))))
         callbacks.append(AskQuestions(samples, processor, training.per_device_eval_batch_size))
@@ -416,6 +412,7 @@ def check_output(options: Options, training, model_options: ModelConfig) -> dict
     output = Path(training.output_dir)
     values = training.to_dict() | asdict(model_options) | asdict(options)
     values |= {name: digest(getattr(options, name)) for name in ("dataset_name", "eval_dataset")}
+    values["num_processes"] = PartialState().num_processes
     settings = {name: value for name, value in values.items() if not name.startswith(NOT_COMPARED)}
     settings = json.loads(json.dumps(settings, default=str))
     if not options.resume and output.exists() and (not output.is_dir() or list(output.glob("[!.]*"))):
