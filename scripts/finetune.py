@@ -463,18 +463,19 @@ def parse_options() -> tuple[Options, SFTConfig | DPOConfig | KTOConfig, ModelCo
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "method", "model_name_or_path", "model_revision", "dtype"):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+    first.add_argument("--use_peft", "--use-peft", nargs="?", const=True)
     given = {name: value for name, value in vars(first.parse_known_args()[0]).items() if value is not None}
     if "config" in given:
         file = yaml.safe_load(Path(given["config"]).read_text())
         given = (file if isinstance(file, dict) else {}) | given
-    defaults = dict(DEFAULTS, use_cpu=PartialState().device.type == "cpu")
+    method, defaults = given.get("method", "sft"), dict(DEFAULTS, use_cpu=PartialState().device.type == "cpu")
     if name := given.get("model_name_or_path"):
         name = str(Path(name).resolve()) if Path(name).is_dir() else name  # the adapter records it
         config = AutoConfig.from_pretrained(name, revision=given.get("model_revision", "main"))
         dtype = given.get("dtype", config.dtype)
         defaults["bf16"] = str(dtype).removeprefix("torch.") == "bfloat16"
-        defaults["learning_rate"] = RATE * (WIDTH / config.get_text_config().hidden_size) ** EXPONENT
-    method = given.get("method", "sft")
+        if method == "sft" and str(given.get("use_peft", True)).lower() in ("true", "yes", "1"):
+            defaults["learning_rate"] = RATE * (WIDTH / config.get_text_config().hidden_size) ** EXPONENT
     parser = TrlParser((Options, TRAINERS.get(method, TRAINERS["sft"])[1], ModelConfig), description=SUMMARY)
     parser.set_defaults_with_config(**defaults)
     options, training, model_options = parser.parse_args_and_config()

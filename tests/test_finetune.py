@@ -566,7 +566,7 @@ def test_it_learns_to_prefer_an_answer_about_patches(folder, processor, method):
 def test_text_is_packed(folder, tmp_path):
     rows = [{"messages": [user(f"How many are {n}?"), assistant(ANSWER)]} for n in range(16)]
     data = write_lines(tmp_path / "text.jsonl", rows)
-    options = ("--packing", "--packing_strategy", "wrapped", "--max_length", 128, "--max_steps", 2)
+    options = ("--packing", "--max_length", 128, "--max_steps", 2)
     result = run(
         "finetune.py", "--model_name_or_path", TINY, "--dataset_name", data, "--output_dir", tmp_path / "out", *options
     )

@@ -8,7 +8,14 @@ from conftest import assert_close, assert_same_tensors, edit_json, load_whole, o
 from describe import TINY
 from evaluate_tiny import answer_scenes, fresh_scenes
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
 from step3_vl import Step3VLForConditionalGeneration
 
@@ -75,6 +82,13 @@ def test_linear_experts_are_the_stacked_ones(tmp_path):
         for implementation in ("linear", None):
             again = AutoModelForImageTextToText.from_pretrained(tmp_path, experts_implementation=implementation)
             assert_close(logits(again), expected)
+
+
+def test_every_linear_expert_gets_a_gradient():
+    """Also those that no token chose, since processes that share weights wait for one another's gradients."""
+    model = AutoModelForImageTextToText.from_pretrained(TINY, experts_implementation="linear").train()
+    model(input_ids=IDS[:, :1]).logits.sum().backward()
+    assert all(weight.grad is not None for name, weight in model.named_parameters() if ".experts." in name)
 
 
 def test_experts_are_linear_or_stacked_from_the_beginning():
@@ -183,6 +197,56 @@ def test_what_llm_compressor_saves_is_read(tmp_path, processor, scenes, number_t
     for options in ({}, {"experts_implementation": "linear"}):
         with pytest.raises(ValueError, match=r"weights or scales, such as .*moe\.experts\..*_scale, are in a form"):
             AutoModelForImageTextToText.from_pretrained(tmp_path / "compressed", **options)
+
+
+def save_packed(directory) -> None:
+    """step3-tiny in W4A16: the text model's layers in groups of 32 weights of 4 bits, experts one by one."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
+    weights = {}
+    for name, weight in one_by_one(weights_in(TINY)).items():
+        if not name.startswith("model.") or not name.endswith(("_proj.weight", ".wq.weight")):
+            weights[name] = weight
+            continue
+        groups = weight.unflatten(1, (-1, 32))
+        scale = groups.abs().amax(-1, keepdim=True) / 7
+        codes = (groups / scale).round().to(torch.int8).flatten(1)
+        parts = {"packed": pack_to_int32(codes, 4), "scale": scale[..., 0], "shape": torch.tensor(weight.shape)}
+        weights |= {f"{name}_{part}": tensor.contiguous() for part, tensor in parts.items()}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    form = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": form}},
+        "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*", "re:.*gate$"],
+    }
+    edit_json(directory / "config.json", lambda config: config.update(quantization_config=quantization))
+
+
+@pytest.mark.parametrize("base", ["nf4", "W4A16"])
+def test_adapters_of_a_quantised_base_learn_in_the_right_direction(tmp_path, base):
+    """As the whole model's do. Packed weights must be dequantised, since PEFT looks for a layer's weight."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip({"nf4": "bitsandbytes", "W4A16": "compressed_tensors"}[base])
+    save_packed(tmp_path / "W4A16") if base == "W4A16" else (tmp_path / "nf4").symlink_to(TINY)
+    setting = CompressedTensorsConfig(dequantize=True)
+    if base == "nf4":
+        setting = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+
+    def gradients(directory, **options) -> torch.Tensor:
+        model = AutoModelForImageTextToText.from_pretrained(directory, **options)
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=r".*\.(wq|o_proj)|.*experts.*_proj", init_lora_weights=False)
+        model = peft.get_peft_model(model, config).train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return torch.cat([x.grad.flatten().float() for _, x in sorted(model.named_parameters()) if x.requires_grad])
+
+    whole = gradients(TINY, experts_implementation="linear")
+    quantised = gradients(tmp_path / base, quantization_config=setting)
+    assert torch.nn.functional.cosine_similarity(whole, quantised, dim=0) > 0.9
 
 
 def test_adapters_reach_linear_experts(tmp_path):
