@@ -224,8 +224,11 @@ def rows_of(sample: Sample, method: str) -> list[dict]:
     return rows + [{**row, "completion": sample.rejected, "label": False}] * (sample.rejected is not None)
 
 
-def write_samples(path: Path, data: str, options: Options, max_length: int | None, processor, faults: list) -> None:
-    """Checks conversations and writes them as an Arrow file, from which `datasets` reads without loading all of it."""
+def write_samples(path: Path, data: str, options: Options, max_length: int | None, processor, faults: list) -> int:
+    """
+    Checks conversations and writes them as an Arrow file, from which `datasets` reads without loading all of it.
+    Returns the number of its rows.
+    """
     schema = pa.schema({**COLUMNS, **METHOD_COLUMNS[options.method]})
     num_rows, num_images, num_tokens = 0, 0, 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
@@ -234,9 +237,8 @@ def write_samples(path: Path, data: str, options: Options, max_length: int | Non
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
             num_rows, num_images = num_rows + len(rows), num_images + len(sample.images)
             num_tokens += len(sample.input_ids)
-    if faults and (options.on_fault == "stop" or num_rows == 0):
-        raise BadData(faults)
     print(f"{data}: {num_rows} conversations, {num_images} images, {num_tokens} tokens")
+    return num_rows
 
 
 def prepare_data(
@@ -251,9 +253,14 @@ def prepare_data(
         try:
             with replacing(output / "data") as unfinished:
                 unfinished.mkdir()
-                for name, data in (("train", options.dataset_name), ("eval", options.eval_dataset)):
-                    if data:
-                        write_samples(unfinished / f"{name}.arrow", data, options, max_length, processor, faults)
+                files = {"train": options.dataset_name, "eval": options.eval_dataset}
+                counts = [
+                    write_samples(unfinished / f"{name}.arrow", data, options, max_length, processor, faults)
+                    for name, data in files.items()
+                    if data
+                ]
+                if faults and (options.on_fault == "stop" or 0 in counts):
+                    raise BadData(faults)
                 write_json(unfinished / "settings.json", settings)
                 if faults:
                     left_out = "".join(f"{place}: {fault}\n" for place, fault in faults)
@@ -437,12 +444,13 @@ def finetune(options: Options, training, model_options: ModelConfig, config: Ste
     processor = load_processor(model_options.model_name_or_path, options.max_pixels, options.max_patches)
     if getattr(training, "chat_template_path", None):
         processor.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
+    PartialState().wait_for_everyone()  # before the first writes to the output
     if PartialState().is_main_process:  # left by a run that was killed
         for unfinished in output.glob(".*-*"):
             shutil.rmtree(unfinished)
     max_length = training.max_length or config.get_text_config().longest_sequence
     data = prepare_data(options, output, settings, max_length, processor)
-    if not (output / "adapter").exists():
+    if not (output / "adapter").exists() and not (output / "model").exists():
         train(options, training, model_options, data, config, processor)
         gc.collect()  # frees the model and its trainer, which refer to each other
     if options.merge and PartialState().is_main_process:
@@ -481,6 +489,8 @@ def parse_options() -> tuple[Options, SFTConfig | DPOConfig | KTOConfig, ModelCo
     options, training, model_options = parser.parse_args_and_config()
     if model_options.model_name_or_path is None:
         raise ValueError("--model_name_or_path is required")
+    if options.merge and not model_options.use_peft:
+        raise ValueError("--merge is for adapters: with --use_peft false, the model is whole")
     model_options.model_name_or_path = name
     if model_options.load_in_4bit and model_options.dtype == "auto":
         model_options.dtype = "bfloat16"  # in which bitsandbytes computes
