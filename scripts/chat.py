@@ -110,11 +110,10 @@ class LocalModel:
         pairs = zip(self.ids, prompt[:-1], strict=False)
         num_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         self.cache.crop(num_same - len(self.ids))
-        self.ids = prompt[:num_same]
         if "num_patches" in inputs:
             image_processor, num_patches = self.processor.image_processor, inputs["num_patches"]
             num_tokens = num_patches * image_processor.num_patch_tokens + image_processor.num_image_tokens
-            num_cached = int((num_tokens.cumsum(0) <= self.ids.count(self.processor.image_token_id)).sum())
+            num_cached = int((num_tokens.cumsum(0) <= prompt[:num_same].count(self.processor.image_token_id)).sum())
             inputs["pixel_values"] = inputs["pixel_values"][num_cached:]
             inputs["num_patches"] = num_patches[num_cached:]
             if "patch_pixel_values" in inputs:

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO, TextIOWrapper
 from threading import Thread
@@ -46,12 +47,30 @@ def say(scenes, tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def computed(monkeypatch) -> Counter:
+    """Counts the tokens that the text model computes, and the images and patches that the vision model encodes."""
+    counter, text_forward, vision_forward = Counter(), Step3TextModel.forward, Step3VisionModel.forward
+
+    def count_tokens(self, input_ids=None, *args, inputs_embeds=None, **kwargs):
+        counter["tokens"] += (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        return text_forward(self, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def count_images(self, pixel_values, *args, **kwargs):
+        counter["images"] += len(pixel_values)
+        return vision_forward(self, pixel_values, *args, **kwargs)
+
+    monkeypatch.setattr(Step3TextModel, "forward", count_tokens)
+    monkeypatch.setattr(Step3VisionModel, "forward", count_images)
+    return counter
+
+
 class Whole:
     """A conversation of which each turn is computed from the whole prompt."""
 
     def __init__(self):
         self.model, self.processor = load(TINY, "cpu")
-        self.messages, self.num_tokens = [], 0
+        self.messages, self.num_tokens = [], 0  # the number of tokens of the last prompt and its answer
 
     def ask(self, text: str, *images) -> str:
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
@@ -67,34 +86,35 @@ class Whole:
 
 
 @pytest.mark.releases
-def test_answers_are_those_of_the_whole_prompt_and_nothing_is_computed_twice(say, scenes, monkeypatch):
-    whole, other = Whole(), Whole()
-    expected = [whole.ask(QUESTIONS[0], scenes[0]), whole.ask(QUESTIONS[1]), whole.ask(QUESTIONS[0], *scenes[1:])]
-    expected += [whole.ask(QUESTIONS[1]), other.ask(QUESTIONS[0], scenes[1])]
-    assert expected[0] != expected[-1], "the images have different answers"
-    tokens, images = [], []
-    text_forward, vision_forward = Step3TextModel.forward, Step3VisionModel.forward
-
-    def count_tokens(self, input_ids=None, *args, inputs_embeds=None, **kwargs):
-        tokens.append((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
-        return text_forward(self, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-
-    def count_images(self, pixel_values, *args, **kwargs):
-        images.append(len(pixel_values))
-        return vision_forward(self, pixel_values, *args, **kwargs)
-
-    monkeypatch.setattr(Step3TextModel, "forward", count_tokens)
-    monkeypatch.setattr(Step3VisionModel, "forward", count_images)
+def test_answers_are_those_of_the_whole_prompt_and_nothing_is_computed_twice(say, scenes, computed):
     lines = ["/image 0.png", *QUESTIONS, "word " * 3000, "/image 1.png", "/image none.png", "/image text.png"]
     lines += ["/picture 2.png", "<im_patch>", "/image 2.png", QUESTIONS[0], "", QUESTIONS[1]]
-    first, complaints = say(*lines)
-    assert first == expected[:-1]
+    answers, complaints = say(*lines)
+    counts, whole, other = dict(computed), Whole(), Whole()
+    expected = [whole.ask(QUESTIONS[0], scenes[0]), whole.ask(QUESTIONS[1])]
+    expected += [whole.ask(QUESTIONS[0], *scenes[1:]), whole.ask(QUESTIONS[1])]
+    assert answers == expected
     words = ("2048 positions", "none.png", "text.png", "/picture", "<im_patch>")
     assert len(complaints) == len(words) and all(map(str.__contains__, complaints, words)), complaints
-    assert sum(tokens) == whole.num_tokens - 1, "the last token need not be computed"
-    patches = sum(len(whole.processor.image_processor(image)["patch_pixel_values"]) for image in scenes)
-    assert sum(images) == len(scenes) + patches
-    assert say("/image 0.png", QUESTIONS[0], "/reset", "/image 1.png", QUESTIONS[0])[0] == [expected[0], expected[-1]]
+    num_patches = whole.processor.image_processor(scenes)["num_patches"]
+    num_tokens = whole.num_tokens - 1  # the last token need not be computed
+    assert counts == {"tokens": num_tokens, "images": len(scenes) + sum(num_patches)}
+    other = other.ask(QUESTIONS[0], scenes[1])
+    assert other != expected[0], "the images have different answers"
+    assert say("/image 0.png", QUESTIONS[0], "/reset", "/image 1.png", QUESTIONS[0])[0] == [expected[0], other]
+
+
+def test_a_template_may_leave_out_earlier_answers(say, scenes, computed, monkeypatch):
+    whole = Whole()
+    template = whole.processor.chat_template.replace("{{ answer(message) }}", "")
+    assert template != whole.processor.chat_template
+    whole.processor.chat_template = template
+    monkeypatch.setattr(chat, "load", lambda *_: (whole.model, whole.processor))
+    answers, _ = say("/image 0.png", *QUESTIONS)
+    num_tokens = computed["tokens"]
+    assert answers == [whole.ask(QUESTIONS[0], scenes[0]), whole.ask(QUESTIONS[1])]
+    left_out = len(whole.processor.tokenizer(answers[0], add_special_tokens=False)["input_ids"])
+    assert num_tokens == left_out + whole.num_tokens - 1
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -211,7 +231,7 @@ def test_interrupted_requests_are_each_answered_once_in_their_order(ask, scenes,
 
     def interrupted(model, processor, conversations, options):
         sizes.append(len(conversations))
-        if len(sizes) == 2:
+        if len(sizes) in (2, 4):
             raise KeyboardInterrupt
         return generate(model, processor, conversations, options)
 
@@ -224,7 +244,7 @@ def test_interrupted_requests_are_each_answered_once_in_their_order(ask, scenes,
     assert "was begun with another requests" in ask()[1]
     requests.write_text("\n".join(map(json.dumps, rows)))
     assert "was begun with another temperature" in ask("--temperature", 1)[1]
-    assert ask("--batch-size", 2)[0] == 0 and sizes == [2, 2, 2, 1]
+    assert [ask("--batch-size", 2)[0] for _ in range(2)] == [130, 0] and sizes == [2, 2, 2, 1, 1]
 
     assert list(output.parent.iterdir()) == [output]
     answered = [json.loads(line) for line in output.read_text().splitlines()]
