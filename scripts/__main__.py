@@ -13,6 +13,8 @@ COMMANDS = {
     "convert": ("convert_checkpoint", None),
     "plan": ("plan", None),
     "describe": ("describe", None),
+    "chat": ("chat", None),
+    "answer": ("answer", None),
     "finetune": ("finetune_lora", "finetune"),
     "serve": ("serve", "serve"),
     "push": ("push_to_hub", None),

@@ -52,12 +52,13 @@ def read_requests(path: Path, faults: list[str]) -> list[tuple[dict, Conversatio
 
 def with_answer(row: dict, conversation: Conversation, answer: dict, folder: Path) -> dict:
     """A request with its answer, for a file in `folder`, to which the paths of images become relative."""
-    turns = [
-        {**turn, "content": "".join(part.get("text", "<image>") for part in read["content"])}
-        for turn, read in zip(row["messages"], conversation.messages[:-1], strict=True)
-    ]
+    turns = []
+    for turn, is_learned in zip(conversation.messages[:-1], conversation.is_learned[:-1], strict=True):
+        content = "".join(part.get("text", "<image>") for part in turn["content"])
+        is_left_out = turn["role"] == "assistant" and not is_learned
+        turns.append({**turn, "content": content, **({"loss": False} if is_left_out else {})})
     pictures = [p if p.startswith("data:") else os.path.relpath(p, folder) for p in conversation.pictures]
-    return {**row, "messages": [*turns, answer], **({"images": pictures} if pictures else {})}
+    return {**({"id": row["id"]} if "id" in row else {}), "messages": [*turns, answer], "images": pictures}
 
 
 def read_partial(partial: Path, settings: dict) -> dict[int, dict]:

@@ -147,6 +147,7 @@ def chat(model: LocalModel | RemoteModel, system: str | None, max_new_tokens: in
     is_terminal = sys.stdin.isatty()
     beginning = [{"role": "system", "content": system}] if system else []
     messages, pictures = list(beginning), []
+    print(end="Type a message, or /help.\n" * is_terminal)
     while True:
         try:
             line = input("> " if is_terminal else "")
