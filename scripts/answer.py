@@ -135,7 +135,7 @@ def answer_requests(arguments: argparse.Namespace) -> str:
     options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     if arguments.temperature > 0:
         options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    set_seed(arguments.seed)
+    set_seed(arguments.seed + len(results))  # after an interruption, not the random numbers from the beginning
     with tqdm(total=len(requests), initial=len(results), desc="Answers", unit=" requests") as progress:
         for start in range(0, len(missing), arguments.batch_size):
             batch = missing[start : start + arguments.batch_size]
@@ -176,6 +176,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.batch_size, arguments.max_new_tokens) < 1:
         parser.error("--batch-size and --max-new-tokens must be at least 1")
+    if arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--temperature must not be negative, and --top-p must be above 0 and at most 1")
     logging.set_verbosity_error()
     try:
         print(answer_requests(arguments))

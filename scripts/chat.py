@@ -100,10 +100,11 @@ class LocalModel:
 
     def leave_out_cached(self, inputs: BatchFeature, prompt: list[int], messages: list[dict]) -> None:
         """
-        Cuts the cache back to the tokens that it has in common with the prompt, for instance where the chat template
-        drops earlier reasoning, and removes the images of these tokens from `inputs`.
+        Cuts the cache back to the tokens that it has in common with the prompt, which may be fewer because the chat
+        template drops earlier reasoning. Removes the images of these tokens from `inputs`.
         """
-        # Other images may have the same tokens. The lengths differ after an error in the middle of a forward pass.
+        # Another conversation may have the same tokens for other images. The lengths differ if a forward pass ended in
+        # an error.
         goes_on = all(old is new for old, new in zip(self.messages, messages, strict=False))
         if not goes_on or self.cache.get_seq_length() != len(self.ids):
             self.forget()
@@ -134,7 +135,7 @@ class RemoteModel(Server):
             if not text:
                 raise
         finally:
-            print(end="\n" * bool(text))
+            print(end="\n" * bool(text), flush=True)
         return {"role": "assistant", "content": text}
 
 
@@ -150,7 +151,7 @@ def chat(model: LocalModel | RemoteModel, system: str | None, max_new_tokens: in
     print(end="Type a message, or /help.\n" * is_terminal)
     while True:
         try:
-            line = input("> " if is_terminal else "")
+            line = input((len(pictures) * "[image] " + "> ") * is_terminal)
         except EOFError:
             print(end="\n" * is_terminal)
             return
@@ -170,7 +171,7 @@ def chat(model: LocalModel | RemoteModel, system: str | None, max_new_tokens: in
             elif command == "/reset":
                 messages, pictures = list(beginning), []
             elif command == "/image" and name:
-                pictures.append(model.picture_part(open_picture(Path(name.strip()).expanduser())))
+                pictures.append(model.picture_part(open_picture(Path(name.strip(" '\"")).expanduser())))
             elif command == "/image":
                 pictures = []
             elif command.startswith("/"):
