@@ -34,7 +34,9 @@ class LinearExperts(nn.ModuleList):
     ) -> torch.Tensor:
         """Maps (tokens, hidden_size) to the same shape, by the expert indices and weights (tokens, top_k)."""
         output = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
+        # In training, every expert gets a gradient, if only of zeros, as processes that share weights need.
+        is_trained = self.training and torch.is_grad_enabled()
+        for number in range(len(self)) if is_trained else top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == number)
             states = self[number](hidden_states[token]) * top_k_weights[token, slot, None]
             output.index_add_(0, token, states.to(output.dtype))

@@ -47,6 +47,8 @@ MAX_WHOLE_RATIO = 1.5
 MAX_WINDOW_RATIO = 4
 # If more than this fraction of a window remains of a side, the side gets another window.
 MAX_REST = 0.2
+# The factor by which an image with too many patches is scaled down until it has few enough.
+SHRINK = 0.95
 
 # How far the floats of a resized image may overshoot their range, as a fraction of it; and the lowest maximum of an
 # image in [0, 255], as smaller values could be in [0, 1] or already normalised.
@@ -206,10 +208,19 @@ class PicturePlan:
         ]
 
 
-def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_side: int) -> PicturePlan:
+def plan_picture(
+    width: int,
+    height: int,
+    view_side: int,
+    patch_side: int,
+    max_side: int,
+    max_pixels: int | None = None,
+    max_patches: int | None = None,
+) -> PicturePlan:
     """
-    Plans how to process an image of `width` × `height` pixels. The longer side is scaled down to at most `max_side`,
-    the global view has `view_side`² pixels and each patch `patch_side`² pixels.
+    Plans how to process an image of `width` × `height` pixels. It is scaled down to at most `max_side` pixels a side
+    and `max_pixels` in all. The global view has `view_side`² pixels and each patch `patch_side`² pixels. If there were
+    more than `max_patches`, they are cut from a smaller copy; an image too elongated for that has none.
 
     Raises:
         `ValueError`: if the image has no pixels.
@@ -220,29 +231,36 @@ def plan_picture(width: int, height: int, view_side: int, patch_side: int, max_s
         width = height = max(width, height)
     padded_size = (width, height)
 
-    if max(padded_size) > max_side:
-        scale = max_side / max(padded_size)
-        # After the padding above, a side can only fall below one pixel if `max_side` is tiny.
+    scale = min(max_side / max(padded_size), math.sqrt(max_pixels / (width * height)) if max_pixels else 1)
+    if scale < 1:
+        # After the padding above, a side can only fall below one pixel if the limits are tiny.
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     view_size = (width, height)
 
-    shorter, longer = sorted(view_size)
-    if longer <= view_side:
-        window = shorter if longer / shorter > MAX_WHOLE_RATIO else 0
-    else:
-        window = min(shorter, patch_side) if longer / shorter > MAX_WINDOW_RATIO else patch_side
-    if window == 0:
-        return PicturePlan(padded_size, view_size, view_size, window=0, rows=0, columns=0)
+    while True:
+        shorter, longer = sorted((width, height))
+        if longer <= view_side:
+            window = shorter if longer / shorter > MAX_WHOLE_RATIO else 0
+        else:
+            window = min(shorter, patch_side) if longer / shorter > MAX_WINDOW_RATIO else patch_side
+        if window == 0:
+            return PicturePlan(padded_size, view_size, view_size, window=0, rows=0, columns=0)
 
-    def snap(side: int) -> int:
-        if side < window:
-            return side
-        windows = side // window
-        return window * (windows + (side / window - windows > MAX_REST))
+        cut_size = tuple(snap(side, window) for side in (width, height))
+        columns, rows = (math.ceil(side / window) for side in cut_size)
+        if max_patches is None or rows * columns <= max_patches:
+            return PicturePlan(padded_size, view_size, cut_size, window, rows, columns)
+        if window < patch_side or max_patches == 0:  # smaller copies have as many
+            return PicturePlan(padded_size, view_size, view_size, window=0, rows=0, columns=0)
+        width, height = max(int(width * SHRINK), 1), max(int(height * SHRINK), 1)
 
-    cut_size = (snap(width), snap(height))
-    columns, rows = (math.ceil(side / window) for side in cut_size)
-    return PicturePlan(padded_size, view_size, cut_size, window, rows, columns)
+
+def snap(side: int, window: int) -> int:
+    """The side from which patches of `window` pixels are cut."""
+    if side < window:
+        return side
+    windows = side // window
+    return window * (windows + (side / window - windows > MAX_REST))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -314,6 +332,12 @@ class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
         Side of a patch in pixels, after resizing.
     max_image_size (`int`, *optional*, defaults to 3024):
         Maximum side of an image in pixels; larger images are scaled down.
+    max_pixels (`int`, *optional*):
+        Maximum number of pixels of an image; larger images are scaled down.
+    do_patch (`bool`, *optional*, defaults to `True`):
+        Whether to cut images into patches.
+    max_patches (`int`, *optional*):
+        Maximum number of patches of an image; those of larger images are cut from a smaller copy.
     vision_patch_size (`int`, *optional*, defaults to 14):
         `patch_size` of the vision encoder.
     projector_stride (`int`, *optional*, defaults to 2):
@@ -322,6 +346,9 @@ class Step3VLImageProcessorKwargs(ImagesKwargs, total=False):
 
     patch_size: int
     max_image_size: int
+    max_pixels: int | None
+    do_patch: bool
+    max_patches: int | None
     vision_patch_size: int
     projector_stride: int
 
@@ -354,6 +381,9 @@ class Step3VLImageProcessor(PilBackend):
     size = {"height": 728, "width": 728}
     patch_size = 504
     max_image_size = 3024
+    max_pixels = None
+    do_patch = True
+    max_patches = None
     vision_patch_size = 14
     projector_stride = 2
     do_convert_rgb = True
@@ -386,15 +416,24 @@ class Step3VLImageProcessor(PilBackend):
         super()._validate_preprocess_kwargs(size=size, **kwargs)
         if not size.height or size.height != size.width:
             raise ValueError(f"`size` must be a square, as equal `height` and `width`, got {size}.")
+        for name, least in (("max_pixels", 1), ("max_patches", 0)):
+            if kwargs.get(name) is not None and kwargs[name] < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {kwargs[name]}.")
 
     def plan(self, width: int, height: int, **kwargs) -> PicturePlan:
-        """Plans how to process an image of `width` × `height` pixels; `kwargs` override this processor's sizes."""
+        """Plans how to process an image of `width` × `height` pixels; `kwargs` override this processor's options."""
+
+        def option(name: str):
+            return getattr(self, name) if kwargs.get(name) is None else kwargs[name]
+
         return plan_picture(
             width,
             height,
-            view_side=get_size_dict(kwargs.get("size") or self.size)["height"],
-            patch_side=kwargs.get("patch_size") or self.patch_size,
-            max_side=kwargs.get("max_image_size") or self.max_image_size,
+            view_side=get_size_dict(option("size"))["height"],
+            patch_side=option("patch_size"),
+            max_side=option("max_image_size"),
+            max_pixels=option("max_pixels"),
+            max_patches=option("max_patches") if option("do_patch") else 0,
         )
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
@@ -508,8 +547,7 @@ class Step3VLImageProcessor(PilBackend):
             mode = INTERPOLATION_MODES[resample]
             return nn.functional.interpolate(pixels, size=(side, side), mode=mode, antialias=True)
 
-        max_side = kwargs["max_image_size"]
-        plans = [self.plan(*image.size, size=size, patch_size=patch_size, max_image_size=max_side) for image in images]
+        plans = [self.plan(*image.size, size=size, patch_size=patch_size, **kwargs) for image in images]
         num_patches = [plan.num_patches for plan in plans]
         num_channels = len(images[0].getbands())
         pixel_values = empty(len(images), num_channels, size.height, size.height)
@@ -668,15 +706,23 @@ class Step3VLProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The tokens that replace the placeholder of image `image_idx` in the text."""
         counts = [int(count) for count in image_inputs["num_patches"]]
-        first = sum(counts[:image_idx])
-        text = ""
-        if counts[image_idx]:
-            num_tokens = self.image_processor.num_tokens(image_inputs["patch_pixel_values"].shape[-1])
-            patch = self.patch_start_token + self.image_token * num_tokens + self.patch_end_token
-            for newline in image_inputs["patch_newline_mask"][first : first + counts[image_idx]]:
-                text += patch + (self.patch_newline_token if newline else "")
-        num_tokens = self.image_processor.num_tokens(image_inputs["pixel_values"].shape[-1])
-        return text + self.image_start_token + self.image_token * num_tokens + self.image_end_token
+        first, patches = sum(counts[:image_idx]), image_inputs.get("patch_pixel_values")
+        newlines = image_inputs["patch_newline_mask"][first : first + counts[image_idx]] if counts[image_idx] else []
+        return self.text_of_image(
+            newlines, image_inputs["pixel_values"].shape[-1], None if patches is None else patches.shape[-1]
+        )
+
+    def text_of_image(
+        self, newline_mask: list[bool], view_side: int | None = None, patch_side: int | None = None
+    ) -> str:
+        """The tokens of an image whose plan has this `newline_mask`. Sides of the global view and the patches default
+        to those of the image processor."""
+        sizes = self.image_processor
+        num_tokens = sizes.num_image_tokens if view_side is None else sizes.num_tokens(view_side)
+        num_patch_tokens = sizes.num_patch_tokens if patch_side is None else sizes.num_tokens(patch_side)
+        patch = self.patch_start_token + self.image_token * num_patch_tokens + self.patch_end_token
+        patches = "".join(patch + self.patch_newline_token * bool(newline) for newline in newline_mask)
+        return patches + self.image_start_token + self.image_token * num_tokens + self.image_end_token
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """Numbers of tokens and patches for images of these sizes, `(height, width)` in pixels."""

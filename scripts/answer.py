@@ -11,54 +11,81 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conversations import BadData, Conversation, check_pictures, check_tokens, read_conversation
+from conversations import BadData, Conversation, check_pictures, read_conversation, read_rows
 from describe import TINY, add_model_options, load
-from files import naming, parse_json, replacing
+from files import naming, replacing
 from tqdm import tqdm
+from training_data import Sample, check_sample, make_sample
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, logging, set_seed
 
 from step3_vl import Step3VLProcessor
 
 
 # Makes a request a conversation for fine-tuning, whose checks it then passes.
-STAND_IN = {"role": "assistant", "content": "?"}
+STAND_IN = {"role": "assistant", "content": [{"type": "text", "text": "?"}]}
 
 
-def read_requests(path: Path, faults: list[str]) -> list[tuple[dict, Conversation]]:
-    """The requests of a file as they are and with `STAND_IN` for the answer. Errors are added to `faults`."""
-    requests = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
+def read_requests(path: Path, processor: Step3VLProcessor, max_length: int | None) -> list[tuple[dict, Sample]]:
+    """
+    The requests of a file: what is written of each besides its answer, and as a sample with `STAND_IN` for the answer.
+    Raises `BadData` if one has an error.
+    """
+    faults, rows, conversations = [], [], []
+    for place, read in read_rows(path):
+        try:
+            row = read()
+        except ValueError as error:
+            faults.append((place, str(error)))
             continue
-        place, row = f"{path}:{number}", {}
-        with suppress(ValueError):  # which `read_conversation` reports
-            row = parse_json(line)
-        if isinstance(row.get("messages"), list):
-            line = json.dumps({**row, "messages": [*row["messages"], STAND_IN]}).encode()
-        conversation = read_conversation(
-            line, path.parent, place, lambda text, place=place: faults.append(f"{place}: {text}")
-        )
-        if conversation is not None:
-            requests.append((row, conversation))
-    if not requests and not faults:
-        faults.append(f"{path}: is empty")
+
+        def fault(text: str, place: str = place) -> None:
+            faults.append((place, text))
+
+        conversation = read_conversation(row, Path(place).parent, place, fault, needs_answer=False)
+        if conversation is None:
+            continue
+        if conversation.messages[-1]["role"] == "assistant" or conversation.rejected:
+            fault("has an answer already")
+            continue
+        rows.append(row)
+        with_stand_in = {"messages": [*conversation.messages, STAND_IN], "learned": [*conversation.learned, True]}
+        conversations.append(replace(conversation, label=None, **with_stand_in))
+    if not rows and not faults:
+        faults.append((str(path), "is empty"))
+    sizes = check_pictures(conversations, faults)
+    requests = []
+    for row, conversation in zip(rows, conversations, strict=True):
+        try:
+            sample = make_sample(conversation, sizes, processor)
+            check_sample(sample, None, max_length)
+            requests.append((as_row(row, conversation), sample))
+        except ValueError as error:
+            faults.append((conversation.place, str(error)))
+    if faults:
+        raise BadData(faults)
     return requests
 
 
-def with_answer(row: dict, conversation: Conversation, answer: dict, folder: Path) -> dict:
+def as_row(row: dict, conversation: Conversation) -> dict:
+    """A request in the form `messages`."""
+    messages = []
+    for message, is_learned in zip(conversation.messages[:-1], conversation.learned[:-1], strict=True):
+        content = "".join(part.get("text", "<image>") for part in message["content"])
+        loss = {"loss": False} if message["role"] == "assistant" and not is_learned else {}
+        messages.append({**message, "content": content, **loss})
+    row = {"id": row["id"]} if "id" in row else {}
+    tools = {"tools": conversation.tools} if conversation.tools else {}
+    return {**row, "messages": messages, **tools, "images": conversation.images}
+
+
+def with_answer(row: dict, answer: dict, folder: Path) -> dict:
     """A request with its answer, for a file in `folder`, to which the paths of images become relative."""
-    turns = []
-    for turn, is_learned in zip(conversation.messages[:-1], conversation.is_learned[:-1], strict=True):
-        content = "".join(part.get("text", "<image>") for part in turn["content"])
-        is_left_out = turn["role"] == "assistant" and not is_learned
-        turns.append({**turn, "content": content, **({"loss": False} if is_left_out else {})})
-    pictures = [p if p.startswith("data:") else os.path.relpath(p, folder) for p in conversation.pictures]
-    return {**({"id": row["id"]} if "id" in row else {}), "messages": [*turns, answer], "images": pictures}
+    images = [image if image.startswith("data:") else os.path.relpath(image, folder) for image in row["images"]]
+    return {**row, "messages": [*row["messages"], answer], "images": images}
 
 
 def read_partial(partial: Path, settings: dict) -> dict[int, dict]:
@@ -79,15 +106,12 @@ def read_partial(partial: Path, settings: dict) -> dict[int, dict]:
 
 
 def generate_answers(
-    model: PreTrainedModel, processor: Step3VLProcessor, conversations: list[Conversation], options: dict
+    model: PreTrainedModel, processor: Step3VLProcessor, samples: list[Sample], options: dict
 ) -> list[dict]:
     """The answer to each of a batch of requests, as `message`, and whether it `is_cut` at the maximum length."""
     inputs = processor(
-        text=[
-            processor.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)
-            for conversation in conversations
-        ],
-        images=[conversation.pictures for conversation in conversations],
+        text=[sample.prompt for sample in samples],
+        images=[sample.images for sample in samples],
         add_special_tokens=False,
         padding=True,
         padding_side="left",
@@ -111,22 +135,14 @@ def answer_requests(arguments: argparse.Namespace) -> str:
     output, partial = arguments.answers, arguments.answers.with_name(f"{arguments.answers.name}.partial")
     if output.exists():
         raise FileExistsError(f"{output} exists already: choose another file or remove it")
-    faults = []
-    requests = read_requests(arguments.requests, faults)
-    conversations = [conversation for _, conversation in requests]
-    sizes = check_pictures(conversations, faults, quiet=False)
-    if faults:
-        raise BadData(faults)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    max_length = AutoConfig.from_pretrained(arguments.model).get_text_config().longest_sequence or sys.maxsize
-    lengths = [check_tokens([conversation], sizes, processor, max_length, faults) for conversation in conversations]
-    if faults:
-        raise BadData(faults)
-
+    max_length = AutoConfig.from_pretrained(arguments.model).get_text_config().longest_sequence
+    requests = read_requests(arguments.requests, processor, max_length)
+    lengths = [sample.num_prompt for _, sample in requests]
     output.parent.mkdir(parents=True, exist_ok=True)
     names = ("model", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: str(getattr(arguments, name)) for name in names}
-    settings["requests"] = hashlib.sha256(arguments.requests.read_bytes()).hexdigest()
+    settings["requests"] = hashlib.sha256(json.dumps([row for row, _ in requests]).encode()).hexdigest()
     results = read_partial(partial, settings)
     # Batches of similar lengths have little padding. The longest come first, so that a lack of memory shows at once.
     missing = sorted(set(range(len(requests))) - results.keys(), key=lambda number: (-lengths[number], number))
@@ -139,7 +155,7 @@ def answer_requests(arguments: argparse.Namespace) -> str:
     with tqdm(total=len(requests), initial=len(results), desc="Answers", unit=" requests") as progress:
         for start in range(0, len(missing), arguments.batch_size):
             batch = missing[start : start + arguments.batch_size]
-            answers = generate_answers(model, processor, [conversations[number] for number in batch], options)
+            answers = generate_answers(model, processor, [requests[number][1] for number in batch], options)
             with naming(partial), partial.open("a") as file:
                 for number, result in zip(batch, answers, strict=True):
                     results[number] = {"number": number, **result}
@@ -149,8 +165,8 @@ def answer_requests(arguments: argparse.Namespace) -> str:
             progress.update(len(batch))
 
     with replacing(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for number, request in enumerate(requests):
-            row = with_answer(*request, results[number]["message"], output.parent)
+        for number, (row, _) in enumerate(requests):
+            row = with_answer(row, results[number]["message"], output.parent)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     partial.unlink()
     num_cut = sum(result["is_cut"] for result in results.values())

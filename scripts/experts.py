@@ -42,8 +42,8 @@ def count_choices(
     for start in tqdm(range(0, len(conversations), batch_size), "Batches"):
         batch = conversations[start : start + batch_size]
         inputs = processor(
-            text=[processor.apply_chat_template(conversation.messages) for conversation in batch],
-            images=[conversation.pictures for conversation in batch],
+            text=[processor.apply_chat_template(x.messages, tools=x.tools) for x in batch],
+            images=[conversation.images for conversation in batch],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
@@ -98,7 +98,7 @@ def main() -> None:
     faults = []
     try:
         conversations = read_conversations(arguments.data, faults)
-        check_pictures(conversations, faults, quiet=True)
+        check_pictures(conversations, faults)
         if faults:
             raise BadData(faults)
         processor = AutoProcessor.from_pretrained(arguments.model)

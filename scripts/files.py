@@ -77,7 +77,7 @@ def save_whole(directory: Path, *parts) -> None:
 
 def shown(value: object) -> str:
     """The value as JSON in ASCII for a message, at most 60 characters long."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -135,6 +135,35 @@ def test_every_patch_lies_in_the_plan(seed):
             assert (count - 1) * plan.window < side <= count * plan.window  # each square has something of the picture
 
 
+@pytest.mark.parametrize(
+    ("options", "patches"),
+    [
+        ({"do_patch": False}, [0, 0, 0, 0]),
+        ({"max_patches": 4}, [4, 2, 0, 0]),
+        ({"max_patches": 11}, [9, 6, 11, 0]),
+        ({"max_pixels": 1000 * 1000}, [4, 6, 11, 0]),
+        ({"max_pixels": 900 * 900, "max_patches": 2}, [0, 2, 0, 0]),
+    ],
+)
+def test_limits_of_patches_hold_and_are_counted(processor, options, patches):
+    """As options of the processor and of a call, and as serving engines ask; the last picture has no patches anyway."""
+    sizes = [(1500, 1500), (800, 1500), (3000, 280), (700, 700)]
+    pictures = [noise(*size) for size in sizes]
+    image_processor = Step3VLImageProcessor()
+    calls = [(Step3VLProcessor(image_processor, processor.tokenizer), options)]
+    calls += [(Step3VLProcessor(Step3VLImageProcessor(**image_processor.to_dict() | options), processor.tokenizer), {})]
+    for limited, given in calls:
+        inputs = limited(text=[limited.image_token] * 4, images=[[p] for p in pictures], padding=True, **given)
+        assert list(inputs["num_patches"]) == patches
+        counts = limited._get_num_multimodal_tokens([size[::-1] for size in sizes], **given)
+        assert counts["num_image_patches"] == patches
+        assert counts["num_image_tokens"] == [sum(mask) for mask in inputs["attention_mask"]]
+    ask = image_processor.get_number_of_image_patches
+    assert [ask(height, width, options) for width, height in sizes] == patches
+    with pytest.raises(ValueError, match="`max_patches` must be at least 0, got -1"):
+        image_processor(pictures[0], max_patches=-1)
+
+
 def test_a_batch_is_its_pictures_one_by_one():
     image_processor = Step3VLImageProcessor(size={"height": 112, "width": 112}, patch_size=56, max_image_size=336)
     pictures = [noise(*size, seed=i) for i, size in enumerate([(90, 90), (300, 80), (90, 90), (20, 100), (401, 333)])]
