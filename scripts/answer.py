@@ -126,7 +126,7 @@ def answer_requests(arguments: argparse.Namespace) -> str:
     output.parent.mkdir(parents=True, exist_ok=True)
     names = ("model", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: str(getattr(arguments, name)) for name in names}
-    settings["requests"] = hashlib.sha256(arguments.requests.read_bytes()).hexdigest()
+    settings["requests"] = hashlib.sha256(json.dumps([row for row, _ in requests]).encode()).hexdigest()
     results = read_partial(partial, settings)
     # Batches of similar lengths have little padding. The longest come first, so that a lack of memory shows at once.
     missing = sorted(set(range(len(requests))) - results.keys(), key=lambda number: (-lengths[number], number))
