@@ -13,6 +13,8 @@ COMMANDS = {
     "convert": ("convert_checkpoint", None),
     "plan": ("plan", None),
     "describe": ("describe", None),
+    "chat": ("chat", None),
+    "answer": ("answer", None),
     "data": ("training_data", None),
     "finetune": ("finetune", "finetune"),
     "serve": ("serve", "serve"),

@@ -8,43 +8,130 @@ python scripts/describe.py picture.jpg --server http://127.0.0.1:8000
 import argparse
 import base64
 import json
+import os
 import urllib.request
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse
 from io import BytesIO
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer, logging
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TextStreamer, logging
 
-import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
+from step3_vl import Step3VLImageProcessor, Step3VLProcessor
 
 
 # A model that only knows drawn scenes of coloured shapes. It is in the checkout, not in the installed package.
 TINY = Path(__file__).parents[1] / "checkpoints" / "step3-tiny"
 
 
-def describe(
-    picture: Path,
-    prompt: str,
-    model: str | Path,
-    device: str | None = None,
-    dtype: str = "auto",
-    max_new_tokens: int = 256,
-) -> None:
-    """
-    Streams the answer of a model, given as a directory or hub id, to `prompt` about the image. Raises an `OSError` if
-    the image or the model cannot be read.
-    """
-    with Image.open(picture) as image:  # before the model is loaded, which can take minutes
-        image.load()
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `load`."""
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")
+    parser.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
+    parser.add_argument("--experts-implementation", help='such as "mapped" (default: the model\'s)')
+
+
+def load(
+    model: str | Path, device: str | None = None, dtype: str = "auto", experts_implementation: str | None = None
+) -> tuple[PreTrainedModel, Step3VLProcessor]:
+    """A model, given as a directory or hub id, and its processor. Raises an `OSError` if they cannot be read."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda":  # "auto" spreads the model over all GPUs, but not mapped experts
+        device_map = {"": 0} if experts_implementation == "mapped" else "auto"
+    else:
+        device_map = {"": device}
     processor = AutoProcessor.from_pretrained(model)
-    # "auto" spreads the model over all GPUs.
-    device_map = "auto" if device == "cuda" else {"": device}
-    model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map)
+    options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
+    return AutoModelForImageTextToText.from_pretrained(model, **options), processor
 
+
+def open_picture(path: Path) -> Image.Image:
+    """The upright RGB image in a file. Raises an `OSError` or `ValueError` if there is none."""
+    processor = Step3VLImageProcessor()
+    try:
+        return processor.process_image(processor.fetch_images(path), do_convert_rgb=True)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class Server:
+    """
+    A model behind the OpenAI API at `url`, such as serve.py prints. The API key in the environment variable
+    STEP3_API_KEY is sent if it is set. Methods raise an `OSError` if the server cannot be reached or refuses a request.
+    """
+
+    def __init__(self, url: str):
+        self.url = f"{url.rstrip('/').removesuffix('/v1')}/v1"
+        try:
+            with self.open("models") as response:
+                self.model = json.load(response)["data"][0]["id"]
+        except (ValueError, LookupError, TypeError):
+            raise OSError(f"{self.url} does not list its models as the OpenAI API does") from None
+
+    def open(self, path: str, body: dict | None = None) -> HTTPResponse:
+        data, headers = body and json.dumps(body).encode(), {"Content-Type": "application/json"}
+        try:
+            request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+            if key := os.environ.get("STEP3_API_KEY"):
+                request.add_unredirected_header("Authorization", f"Bearer {key}")  # not to other servers
+            return urllib.request.urlopen(request)
+        except HTTPError as error:
+            raise OSError(f"{self.url}: {error.code} {error.reason}: {self.reason(error.read())}") from None
+        except URLError as error:
+            raise OSError(f"{self.url} cannot be reached: {error.reason}") from None
+        except HTTPException as error:
+            raise OSError(f"{self.url} cannot be reached: {error!r}") from None
+
+    @staticmethod
+    def reason(body: bytes) -> str:
+        """What an error response says."""
+        try:
+            error = json.loads(body)["error"]
+            return error["message"] if isinstance(error, dict) else str(error)
+        except (ValueError, LookupError, TypeError):
+            return body.decode(errors="replace")[:200]
+
+    @staticmethod
+    def picture_part(image: Image.Image) -> dict:
+        """An image as a part of a message."""
+        with BytesIO() as file:
+            image.save(file, "PNG")  # a format that every server reads
+            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+    def stream(self, messages: list[dict], max_new_tokens: int, temperature: float = 0) -> Iterator[str]:
+        """The answer to a conversation in pieces. Raises an `OSError` also if it breaks off."""
+        options = {"max_tokens": max_new_tokens, "temperature": temperature, "stream": True}
+        is_finished = False
+        try:
+            with self.open("chat/completions", {"model": self.model, "messages": messages, **options}) as response:
+                for line in response:
+                    if not line.startswith(b"data: {"):  # an empty line or the end
+                        continue
+                    data = line.removeprefix(b"data: ")
+                    event = json.loads(data)
+                    if event.get("error"):
+                        raise OSError(f"{self.url}: {self.reason(data)}")
+                    for choice in event["choices"]:
+                        is_finished = is_finished or choice.get("finish_reason") is not None
+                        yield choice["delta"].get("content") or ""
+        except HTTPException as error:
+            raise OSError(f"{self.url}: the answer broke off: {error!r}") from None
+        if not is_finished:
+            raise OSError(f"{self.url}: the answer broke off")
+
+
+def describe(picture: Path, prompt: str, model: str | Path, max_new_tokens: int, **options) -> None:
+    """
+    Streams a model's answer to `prompt` about the image; `options` are those of `load`. Raises an `OSError` or
+    `ValueError` if the image or the model cannot be read.
+    """
+    image = open_picture(picture)  # before the model is loaded, which can take minutes
+    model, processor = load(model, **options)
     content = [{"type": "image", "image": image}, {"type": "text", "text": prompt}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -57,35 +144,14 @@ def describe(
     model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
 
 
-def ask_server(picture: Path, prompt: str, server: str, max_new_tokens: int = 256) -> None:
+def ask_server(picture: Path, prompt: str, url: str, max_new_tokens: int) -> None:
     """
-    Streams the answer of the model at `server`, an address as serve.py prints it, to `prompt` about the image. Raises
-    an `OSError` if the image cannot be read, or the server cannot be reached or refuses the request.
+    Streams a server's answer to `prompt` about the image. Raises an `OSError` or `ValueError` if the image cannot be
+    read, or the server cannot be reached or refuses the request.
     """
-    with Image.open(picture) as image, BytesIO() as file:
-        image.save(file, "PNG", exif=image.getexif())  # a format that every server reads
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    server = server.rstrip("/").removesuffix("/v1")
-    with urllib.request.urlopen(f"{server}/v1/models") as response:
-        model = json.load(response)["data"][0]["id"]
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": prompt}]
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": max_new_tokens,
-        "temperature": 0,
-        "stream": True,
-    }
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server}/v1/chat/completions", json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request) as response:
-            for line in response:  # "data: " and a part of the answer or [DONE]
-                if line.startswith(b"data: {"):
-                    for choice in json.loads(line.removeprefix(b"data: "))["choices"]:
-                        print(choice["delta"].get("content") or "", end="", flush=True)
-    except HTTPError as error:
-        raise OSError(f"{server}: {error.read().decode()}") from None
+    content = [Server.picture_part(open_picture(picture)), {"type": "text", "text": prompt}]
+    for text in Server(url).stream([{"role": "user", "content": content}], max_new_tokens):
+        print(text, end="", flush=True)
     print()
 
 
@@ -96,8 +162,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=not TINY.exists())
     source.add_argument("--model", default=TINY, help="directory or hub id (default: step3-tiny, in a checkout)")
     source.add_argument("--server", metavar="URL", help="ask a server with the OpenAI API, such as serve.py starts")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")
-    parser.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
+    add_model_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum answer length (default: %(default)s)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -107,7 +172,7 @@ def main() -> None:
         else:
             del arguments.server
             describe(**vars(arguments))
-    except OSError as error:  # an image or a model that cannot be read
+    except (OSError, ValueError) as error:  # an image or a model that cannot be read
         parser.exit(2, f"{parser.prog}: {error}\n")
 
 
