@@ -62,7 +62,7 @@ class Gateway:
     name: str
     pictures: Pictures = field(default_factory=Pictures)
     key: str | None = None
-    hosts: frozenset[str] = frozenset()
+    hosts: tuple[str, ...] = ()
     max_requests: int = 64
     is_ready = False
 
@@ -140,7 +140,7 @@ class Gateway:
         try:
             ipaddress.ip_address(host)
         except ValueError:
-            if host not in self.hosts:
+            if host not in ("localhost", *self.hosts):
                 raise Refusal(f"This server is not {host!r:.100}; see --allow-host.", 403) from None
         if self.key is not None and path not in OPEN_PAGES:
             given = headers.get("authorization", "").encode()

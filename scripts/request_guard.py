@@ -74,7 +74,9 @@ class Strict(BaseModel):
 
 Part = Annotated[ChatCompletionContentPartTextParam | ChatCompletionContentPartImageParam, Field(discriminator="type")]
 # Checked, but left as it is, because the order of its keys is the model's to read.
-Tool = Annotated[ChatCompletionToolParam, WrapValidator(lambda tool, check: check(tool) and tool), PlainSerializer(dict)]
+Tool = Annotated[
+    ChatCompletionToolParam, WrapValidator(lambda tool, check: check(tool) and tool), PlainSerializer(dict)
+]
 Count = Annotated[int, Field(ge=1, le=2**24)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Text = Annotated[str, Field(min_length=1)]

@@ -136,7 +136,7 @@ def serve(arguments: argparse.Namespace) -> str | None:
             name=name,
             pictures=Pictures(arguments.pictures_from, tuple(arguments.pictures_from_host)),
             key=key,
-            hosts=frozenset({"localhost", arguments.host, socket.gethostname(), *arguments.allow_host}),
+            hosts=(arguments.host, socket.gethostname(), *arguments.allow_host),
             max_requests=arguments.max_requests or engine.max_requests,
         )
         server = web_server(gateway)

@@ -123,7 +123,7 @@ class Server:
             text = self.process.stdout.readline()
             assert text, log.read_text()[-3000:]
             self.told += text
-        self.url = re.search(r"http://\S+?:\d+", self.told).group()
+        self.url = re.search(r"http://\S+:\d+", self.told).group()
         key = environment.get("STEP3_API_KEY", "none")
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
         self.create = functools.partial(self.client.chat.completions.create, model=self.name)
@@ -463,7 +463,7 @@ def test_hostile_requests_end_in_a_reason(server):
     assert "<im_patch>" in reason_in(post(server.url + COMPLETE, {"prompt": "<im_patch>"}))
     assert "/load_model" in reason_in(post(server.url + "/load_model", {"model": "another"}))
     for url in (GOOD.replace("data:image/png", "DATA:image/PNG"), re.sub("(.{76})", "\\1\r\n", GOOD)):
-        assert server.ask(url, QUESTION, chat_template_kwargs=None) == ANSWER
+        assert server.ask(url, QUESTION, extra_body={"chat_template_kwargs": None}) == ANSWER
 
 
 @each_engine
@@ -573,16 +573,16 @@ def made_up(tmp_path):
     """Starts a gateway before the made-up engine, and returns its address."""
     listener, servers = socket.create_server(("127.0.0.1", 0)), []
 
-    async def serve(front: Gateway, app) -> None:
-        engine = uvicorn.Server(uvicorn.Config(app, uds=front.socket, log_level="error"))
-        servers.extend((engine, web_server(front)))
-        await asyncio.gather(engine.serve(), servers[1].serve(sockets=[listener]))
+    async def serve(front: Gateway) -> None:
+        routes = [Route(COMPLETE, answer, methods=["POST"]), Route("/health", lambda request: JSONResponse({}))]
+        engine = uvicorn.Config(Starlette(routes=routes), uds=front.socket, log_level="error")
+        servers.extend((uvicorn.Server(engine), web_server(front)))
+        await asyncio.gather(servers[0].serve(), servers[1].serve(sockets=[listener]))
 
     def start(**options) -> str:
         front = Gateway(MadeUpEngine(None), str(tmp_path / "engine"), "made-up", **options)
         front.is_ready = True
-        routes = [Route(COMPLETE, answer, methods=["POST"]), Route("/health", lambda request: JSONResponse({}))]
-        thread.append(threading.Thread(target=asyncio.run, args=[serve(front, Starlette(routes=routes))]))
+        thread.append(threading.Thread(target=asyncio.run, args=[serve(front)]))
         thread[0].start()
         while not (len(servers) == 2 and all(server.started for server in servers)):
             time.sleep(0.05)
@@ -614,14 +614,11 @@ def test_errors_have_one_shape(made_up):
     status, text = post(url + COMPLETE, {"prompt": "late", "stream": True})
     assert status == 200 and [json.loads(line[6:]).keys() for line in text.split("\n\n")[2:3]] == [{"error"}]
     for method, path, expected in (("GET", COMPLETE, 405), ("GET", "/v1", 404), ("HEAD", "/health", 200)):
-        request = urllib.request.Request(url + path, method=method)
-        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(request) as response:
-            assert response.status == 200
         assert f" {expected} " in raw(url, f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")[0].decode()
 
 
 def test_who_may_ask(made_up):
-    url, body = made_up(key="sesame", hosts=frozenset({"example.org"})), {"prompt": "Hello"}
+    url, body = made_up(key="sesame", hosts=("example.org",)), {"prompt": "Hello"}
     key = {"Authorization": "Bearer sesame"}
     assert post(url + COMPLETE, body)[0] == post(url + COMPLETE, body, Authorization="Bearer é")[0] == 401
     assert post(url + COMPLETE, body, **key)[0] == post(url + COMPLETE, body, **key, Host="example.org:80")[0] == 200
@@ -630,7 +627,7 @@ def test_who_may_ask(made_up):
     head = f"POST {COMPLETE} HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1000\r\n\r\n"
     received, seconds = raw(url, head)  # refused without its body
     assert b" 401 " in received and seconds < 5
-    assert b" 401 " in raw(url, "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n".replace("localhost", "[::1]"))[0]
+    assert b" 401 " in raw(url, "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")[0]
     assert b" 200 " in raw(url, "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")[0]
 
 
