@@ -32,6 +32,7 @@ MAX_HELD, LARGE, MAX_LARGE = 256 * 2**20, 2**24, 16
 # Seconds: until a client has sent its headers, and its body; until it has read what is sent to it; until a refused
 # client stops sending; and until an engine answers that it is well.
 HEADER_SECONDS, BODY_SECONDS, SEND_SECONDS, LINGER_SECONDS, HEALTH_SECONDS = 10, 60, 60, 2, 10
+LOADING = "The model is being loaded."
 RETRY = {"Retry-After": "5"}
 TOO_LARGE = Refusal(f"A request must have at most {MAX_BODY} bytes.", 413)
 OPEN_PAGES = ("/health", "/ping")  # asked by what starts and watches servers, without a key
@@ -152,7 +153,7 @@ class Gateway:
     async def _ask(self, path: str, headers: Headers, receive, send) -> None:
         """Answers a request, and drops it if the client closes the connection."""
         if not self.is_ready:
-            raise Refusal("The model is being loaded.", 503, **RETRY)
+            raise Refusal(LOADING, 503, **RETRY)
         if int(headers.get("content-length", 0)) > MAX_BODY:
             raise TOO_LARGE
         data, failure, is_open = bytearray(), None, False
@@ -277,7 +278,8 @@ class Gateway:
         try:
             response = await self.client.get("/health", timeout=HEALTH_SECONDS)
         except httpx.TransportError as error:
-            raise Refusal(f"The engine does not answer: {error or type(error).__name__}", 503) from None
+            reason = f"The engine does not answer: {error or type(error).__name__}"
+            raise Refusal(reason if self.is_ready else LOADING, 503, **RETRY) from None
         if response.status_code != 200:
             raise refusal_of(response.text, 503)
         return JSONResponse({"status": "ok"})
