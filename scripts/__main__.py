@@ -15,6 +15,7 @@ COMMANDS = {
     "describe": ("describe", None),
     "finetune": ("finetune_lora", "finetune"),
     "serve": ("serve", "serve"),
+    "app": ("app", "app"),
     "push": ("push_to_hub", None),
     "experts": ("experts", None),
     "export": ("export_onnx", "export"),

@@ -8,9 +8,7 @@ The page shows how the model cuts each picture. Nothing leaves this machine but 
 
 import argparse
 import base64
-import json
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from io import BytesIO
@@ -134,15 +132,15 @@ def page(model: Local | Server, processor, title: str) -> gradio.Blocks:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
             with gradio.Column(scale=3):
-                conversation = gradio.Chatbot(height=460, label="Conversation")
+                conversation = gradio.Chatbot(height=460, label="Conversation", buttons=["copy"])
                 options = {"file_types": ["image"], "file_count": "multiple", "show_label": False}
                 message = gradio.MultimodalTextbox(placeholder="Drop pictures here, and ask", **options)
-                clear = gradio.Button("New conversation")
             with gradio.Column(scale=2):
-                gallery = gradio.Gallery(label="What the model sees: each picture as a whole, and its patches", columns=1)
+                options = {"object_fit": "contain", "columns": 1, "height": 560, "buttons": ["fullscreen"]}
+                gallery = gradio.Gallery(label="Each picture is seen as a whole and in patches", **options)
         turns, shown = gradio.State([]), gradio.State([])
         message.submit(ask, [message, turns, shown], [message, turns, shown, conversation, gallery])
-        clear.click(lambda: (None, [], [], [], []), None, [message, turns, shown, conversation, gallery])
+        conversation.clear(lambda: (None, [], [], [], []), None, [message, turns, shown, conversation, gallery])
     return blocks
 
 
@@ -161,9 +159,10 @@ def launch(model: str, server: str | None = None, port: int | None = None, trust
     """Serves the page until Ctrl-C. Raises an `OSError` if the model cannot be read or the server not be reached."""
     processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     answering = Server(server) if server else Local(model, processor, trust_remote_code)
-    options = {"theme": gradio.themes.Base(**FONTS), "server_port": port, "quiet": True}
+    options = {"theme": gradio.themes.Base(**FONTS), "server_port": port, "max_file_size": "64mb", "footer_links": []}
     blocks = page(answering, processor, os.path.basename(os.path.abspath(model)))
-    blocks.queue(default_concurrency_limit=8).launch(**options)
+    print("Press Ctrl-C to stop.")
+    blocks.queue(default_concurrency_limit=8).launch(**options, share=False)
 
 
 def main() -> None:
