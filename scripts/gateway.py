@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from contextlib import aclosing, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Gateway:
     name: str
     pictures: Pictures = field(default_factory=Pictures)
     key: str | None = None
-    hosts: tuple[str, ...] = ()
+    hosts: Sequence[str] = ()
     max_requests: int = 64
     is_ready = False
 

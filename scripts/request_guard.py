@@ -109,7 +109,8 @@ class Message(Strict):
 
     @model_validator(mode="after")
     def check_content(self):
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.reasoning_content)):
+        others = self.tool_calls or self.reasoning_content or self.reasoning
+        if self.content is None and not (self.role == "assistant" and others):
             raise ValueError("a message must have a `content`")
         return self
 
@@ -154,9 +155,16 @@ class Chat(Sampling):
 
 
 class Completion(Sampling):
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def check_number(self):
+        is_list = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if is_list and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise ValueError(f"`prompt` times `n` must be at most {MAX_PROMPTS}")
+        return self
 
 
 ROUTES = {"/v1/chat/completions": Chat, "/v1/completions": Completion}

@@ -27,6 +27,7 @@ NEEDED = ("openai", "prometheus_client", "pydantic", "starlette", "uvicorn")
 PATIENCE = 10
 PR_SET_PDEATHSIG = 1  # of Linux
 
+TOLD = "Serving at {url}/v1 until Ctrl-C. Try it with curl or Python:\n"
 TEXT_REQUEST = """
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' {header}\\
   -d {body}
@@ -102,7 +103,7 @@ def serve(arguments: argparse.Namespace) -> str | None:
     """Serves until a signal comes. Returns what is wrong, if it is not possible."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         return f'Serving needs {", ".join(missing)}: pip install "step3-vl[serve]"'
-    from checkpoint_files import CheckpointError, Step3VLConfig, read_checkpoint
+    from checkpoint_files import CheckpointError, read_checkpoint
     from gateway import Gateway, web_server
     from request_guard import Pictures
     from serving_engines import ENGINES, ServingError
@@ -110,16 +111,19 @@ def serve(arguments: argparse.Namespace) -> str | None:
     directory = Path(os.path.abspath(arguments.directory))
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         return f"{directory} holds a LoRA adapter, which no engine serves alone; merge it: finetune_lora.py --merge."
+    installed = [name for name in ENGINES if ENGINES[name].is_installed()]
+    kind = arguments.engine or next(iter(installed), "transformers")
+    if kind not in installed:
+        return f"--engine must be one of {', '.join(ENGINES)} and installed here, got {kind}."
     key = os.environ.get("STEP3_API_KEY")
     if key == "":
         return "STEP3_API_KEY is empty; unset it, or set it to a key."
     try:
         checkpoint = read_checkpoint(directory)
-        kind = ENGINES[arguments.engine or next(name for name in ENGINES if ENGINES[name].is_installed())]
-        engine = kind(checkpoint, arguments.thinking)
-        listener, url = listen(arguments.host, arguments.port)
-    except (CheckpointError, ServingError) as error:
+    except CheckpointError as error:
         return str(error)
+    try:
+        listener, url = listen(arguments.host, arguments.port)
     except OSError as error:
         return f"Port {arguments.port} of {arguments.host} is taken or not available; choose another. ({error})"
     if key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
@@ -127,6 +131,7 @@ def serve(arguments: argparse.Namespace) -> str | None:
     name = arguments.name or directory.name
     with tempfile.TemporaryDirectory(prefix="step3-") as folder, listener:
         try:
+            engine = ENGINES[kind](checkpoint, arguments.thinking)
             command, environment = engine.command(f"{folder}/engine", arguments.options)
         except ServingError as error:
             return str(error)
@@ -136,7 +141,7 @@ def serve(arguments: argparse.Namespace) -> str | None:
             name=name,
             pictures=Pictures(arguments.pictures_from, tuple(arguments.pictures_from_host)),
             key=key,
-            hosts=(arguments.host, socket.gethostname(), *arguments.allow_host),
+            hosts=[host.lower() for host in (arguments.host, socket.gethostname(), *arguments.allow_host)],
             max_requests=arguments.max_requests or engine.max_requests,
         )
         server = web_server(gateway)
@@ -146,12 +151,9 @@ def serve(arguments: argparse.Namespace) -> str | None:
         process = start(command, environment)
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
         header = '-H "Authorization: Bearer $STEP3_API_KEY" ' if key else ""
-        told = (
-            f"Serving at {url}/v1 until Ctrl-C. Try it with curl or Python:\n"
-            + TEXT_REQUEST
-            + (PICTURE_REQUEST * isinstance(checkpoint.config, Step3VLConfig))
+        told = f"{TOLD}{TEXT_REQUEST}{PICTURE_REQUEST * engine.takes_pictures}".format(
+            url=url, name=json.dumps(name), body=shlex.quote(body), header=header
         )
-        told = told.format(url=url, name=json.dumps(name), body=shlex.quote(body), header=header)
         try:
             status = asyncio.run(run(server, gateway, listener, process, told))
         finally:
@@ -172,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__.split("\n", 1)[0], epilog="Options after -- are passed to the engine's own `serve` command."
     )
     parser.add_argument("directory", type=Path, help="a checkpoint that convert_checkpoint.py --check accepts")
-    parser.add_argument("--engine", choices=["transformers", "vllm"], help="(default: vllm if installed)")
+    parser.add_argument("--engine", metavar="NAME", help="vllm or transformers (default: the first that is installed)")
     parser.add_argument("--name", help="the model's name for clients (default: the directory's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=port_number, default=8000, help="(default: %(default)s)")

@@ -52,8 +52,7 @@ class Engine(ABC):
             "top_k": settings.top_k or 0,
             "min_p": settings.min_p or 0.0,
             "repetition_penalty": settings.repetition_penalty or 1.0,
-            "max_tokens": settings.max_new_tokens or self.context,
-        }
+        } | ({"max_tokens": settings.max_new_tokens} if settings.max_new_tokens else {})
 
     name, title = "", ""
     # Requests that it computes at a time, and that may be open.
@@ -68,8 +67,8 @@ class Engine(ABC):
     @abstractmethod
     def command(self, socket: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
         """
-        The command that starts it and the environment variables to add. Raises a `ServingError` if it is not installed
-        or cannot serve the checkpoint.
+        The command that starts it and the environment variables to add. Raises a `ServingError` if it cannot serve the
+        checkpoint.
         """
 
     def check(self, body: dict) -> None:
@@ -132,7 +131,10 @@ class TransformersEngine(Engine):
             raise Refusal(f"{self.title} does not take token ids; vLLM does.")
 
     def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
-        settings = {"max_new_tokens": body["max_tokens"], "repetition_penalty": body["repetition_penalty"]}
+        settings = {
+            "max_new_tokens": body.get("max_tokens", self.context),
+            "repetition_penalty": body["repetition_penalty"],
+        }
         settings["do_sample"] = body["temperature"] > 0
         if settings["do_sample"]:
             settings |= {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p")}
@@ -199,8 +201,6 @@ class VLLMEngine(Engine):
         return None if sizes == RELEASED_SIZES else sizes
 
     def command(self, socket: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
-        if not self.is_installed():
-            raise ServingError("The `vllm` command was not found; activate the environment that has it.")
         self._check_processor()
         config = self.checkpoint.config
         command = [
