@@ -7,6 +7,7 @@ python scripts/transformers_engine.py serve DIRECTORY
 
 import functools
 import os
+import sys
 from importlib import import_module
 
 import transformers
@@ -19,6 +20,10 @@ from transformers.utils import chat_template_utils
 
 import step3_vl  # registers Step3-VL with the Auto classes
 from step3_vl.processing_step3 import RESPONSE_TEMPLATE
+
+
+# The method that turns messages into what processors take.
+MESSAGES = "get_processor_inputs_from_messages"
 
 
 async def refuse(request, error: Exception) -> JSONResponse:
@@ -49,9 +54,11 @@ def marking_failures(generate):
 
 def set_up() -> None:
     serving = import_module("transformers.cli.serving.utils")
+    if not hasattr(serving, "_RESPONSE_TEMPLATE_FALLBACKS") or not hasattr(serving.BaseHandler, MESSAGES):
+        sys.exit(f"The server of transformers {transformers.__version__} is of another kind; install a tested release.")
     uvicorn.Config = Config
     # The gateway sends messages as processors take them. The server would drop reasoning, and text beside tool calls.
-    serving.BaseHandler.get_processor_inputs_from_messages = staticmethod(lambda messages, modality: messages)
+    setattr(serving.BaseHandler, MESSAGES, staticmethod(lambda messages, modality: messages))
     # With this template the server extracts tool calls and reasoning; without it they stay in the text.
     fields = RESPONSE_TEMPLATE["fields"]
     if not hasattr(chat_template_utils, "_REASONING_FIELDS"):  # the server only knows another name for the reasoning
