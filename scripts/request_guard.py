@@ -83,10 +83,14 @@ Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
+class Call(ChatCompletionMessageToolCallParam, total=False):
+    index: int  # of the parts of a stream, which clients send back
+
+
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
-    tool_calls: list[ChatCompletionMessageToolCallParam] | None = None
+    tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -105,6 +109,7 @@ class Message(Strict):
             if not isinstance(arguments, dict):
                 raise ValueError("the arguments of a tool call must be a JSON object")
             call["function"]["arguments"] = arguments
+            call.pop("index", None)
         return calls
 
     @model_validator(mode="after")

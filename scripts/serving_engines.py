@@ -156,6 +156,8 @@ class TransformersEngine(Engine):
         answer = state.current_completion_snapshot.to_dict(exclude_none=True)
         for choice in answer["choices"]:
             choice["message"].setdefault("content", None)
+            for call in choice["message"].get("tool_calls", []):
+                del call["index"]
         return {**answer, "object": "chat.completion"}
 
 
