@@ -18,6 +18,7 @@ COMMANDS = {
     "data": ("training_data", None),
     "finetune": ("finetune", "finetune"),
     "serve": ("serve", "serve"),
+    "app": ("app", "app"),
     "push": ("push_to_hub", None),
     "experts": ("experts", None),
     "export": ("export_onnx", "export"),

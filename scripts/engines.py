@@ -1,6 +1,6 @@
 """
 What the serving engines do with a model: for `convert_checkpoint.py --engines`, its warnings and those of
-`push_to_hub.py`, and the options that `serve.py` gives them.
+`push_to_hub.py`. `serving_engines.py` starts them.
 
 vLLM 0.32.0 was run on small models of each kind. For SGLang 0.5.23, the code was read and only the loader was run.
 """
@@ -33,6 +33,8 @@ RELEASED_PIXELS = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
 }
+# vLLM's CPU build fails on a processor with AMX if more query heads share a key/value head.
+MAX_AMX_HEADS = 16
 # What vLLM does with types of rotary embedding other than the default, with which SGLang was not run.
 ROPE_TYPES = {"linear": AS_HERE, "dynamic": AS_HERE}
 ROPE_TYPES |= dict.fromkeys(("yarn", "llama3", "longrope"), "error: needs another name in the config")
@@ -77,6 +79,11 @@ def picture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return dict(zip(RELEASED_SIZES, sides + tokens, strict=True))
 
 
+def query_heads_per_group(config: Step3VLConfig | Step3TextConfig) -> int:
+    text = config.get_text_config()
+    return text.num_attention_heads // text.num_attention_groups
+
+
 def is_released(name: str, value: object) -> bool:
     """Whether a setting of the image processor is the one that the engines assume."""
     given, released = (x if isinstance(x, list | tuple) else [x] for x in (value, RELEASED_PIXELS[name]))
@@ -99,10 +106,13 @@ def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig
     head = AS_HERE if has_head else "wrong: random, because it is never tied"
     activation = AS_HERE if text.hidden_act == "silu" else "wrong: computes with silu"
     groups = AS_HERE if text.num_attention_groups == 1 else "error: supports one"
+    heads = query_heads_per_group(config)
+    by_heads = AS_HERE if heads <= MAX_AMX_HEADS else f"{AS_HERE}; error on a CPU with AMX"
     facts = [
         Fact("output head", "its own" if has_head else "tied", head, head),
         Fact("activation", text.hidden_act, activation, activation),
         Fact("key/value heads", str(text.num_attention_groups), groups, groups),
+        Fact("query heads for each", str(heads), by_heads),
         Fact("rotary embedding", rope_type, *rope),
     ]
     if isinstance(config, Step3TextConfig):
@@ -135,5 +145,5 @@ def warnings(facts: list[Fact]) -> list[str]:
         f"Warning: {engine}, {fact.subject} ({fact.value}): {verdict}."
         for name, engine in ENGINES.items()
         for fact in facts
-        if (verdict := getattr(fact, name)) != AS_HERE
+        if not (verdict := getattr(fact, name)).startswith(AS_HERE)
     ]

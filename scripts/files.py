@@ -118,9 +118,9 @@ def parse_json(data: bytes) -> dict:
 def picture_of(url: str) -> bytes:
     """The image file in a base64 data: URL. Raises a `ValueError` if it is not one."""
     head, _, data = url.partition(",")
-    if not head.startswith("data:image/") or not head.endswith(";base64"):
+    if not head.lower().startswith("data:image/") or not head.lower().endswith(";base64"):
         raise ValueError(f"a data: URL must start with data:image/...;base64, got {shown(head)}")
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode("".join(data.split()), validate=True)  # lines may end anywhere
     except ValueError as error:
         raise ValueError(f"the data: URL is not base64: {error}") from None

@@ -1,7 +1,7 @@
 """Checks a directory with a Step3 model and uploads it to the Hugging Face hub.
 
 python scripts/push_to_hub.py DIRECTORY USER/NAME --dry-run
-python scripts/push_to_hub.py DIRECTORY USER/NAME --private
+python scripts/push_to_hub.py DIRECTORY USER/NAME --private --space
 """
 
 import argparse
@@ -25,7 +25,7 @@ from checkpoint_files import (
 from convert_checkpoint import CARRIED_FILES, CHECKSUMS
 from engines import engine_facts, warnings
 from files import write_bytes
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
@@ -61,6 +61,21 @@ messages = [{{"role": "user", "content": content}}]
 print(pipe(messages, max_new_tokens=100, return_full_text=False)[0]["generated_text"])
 ```
 """
+# The files of a Space beside `page.py`, which is app.py. A Space runs the code in the model's repository.
+SPACE = {
+    "README.md": """---
+title: {name}
+sdk: gradio
+sdk_version: 6.31.0
+app_file: app.py
+models: [{repo_id}]
+---
+
+A page on which to ask [{repo_id}](https://huggingface.co/{repo_id}) about pictures.
+""",
+    "app.py": 'from page import launch\n\n\nlaunch("{repo_id}", trust_remote_code=True)\n',
+    "requirements.txt": "accelerate\npillow\ntorch>=2.8\ntransformers>=5.19,<6\n",
+}
 CONTENTS = {
     "image-text-to-text": '[{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is this?"}]',
     "text-generation": '"What are you?"',
@@ -148,6 +163,16 @@ def complete_card(directory: Path, repo_id: str, task: str, base_model: str | No
     return text
 
 
+def upload_space(api: HfApi, repo_id: str, private: bool) -> None:
+    """Makes the Space of the same name, with the page of app.py for the uploaded model."""
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    files = {name: text.format(repo_id=repo_id, name=repo_id.split("/")[1]).encode() for name, text in SPACE.items()}
+    files["page.py"] = (Path(__file__).parent / "app.py").read_bytes()
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    api.create_commit(repo_id, operations, repo_type="space", commit_message="A page to ask the model")
+    print(f"{constants.ENDPOINT}/spaces/{repo_id}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n", 1)[0],
@@ -156,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="a model that was converted, trained or fine-tuned")
     parser.add_argument("repo_id", help="repository to upload to, USER/NAME")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--space", action="store_true", help="also make a Space, with a page to ask the model")
     parser.add_argument("--dry-run", action="store_true", help="only check, and list what would be uploaded")
     parser.add_argument(
         "--base-model",
@@ -173,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = read_checkpoint(directory)
         files = check_package(checkpoint)
         is_whole = isinstance(checkpoint.config, Step3VLConfig)
+        if arguments.space and not is_whole:
+            raise CheckpointError(["--space needs a model that takes pictures."])
         task = "image-text-to-text" if is_whole else "text-generation"
         base_model = base_model_of(checkpoint) if arguments.base_model is None else arguments.base_model
         card = complete_card(directory, repo_id, task, base_model, arguments.license)
@@ -190,6 +218,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
             write_bytes(directory / "README.md", card.encode())
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
+        if arguments.space:
+            upload_space(api, repo_id, arguments.private)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ esac
 environment=.venv${release:+-$release}${tuning:+-$tuning}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,notebook,serve,export
+extras=test,app,notebook,serve,export
 if [ -n "$tuning" ]; then
   extras=test,finetune,quantize
   set -- tests/test_finetune.py tests/test_quantisation.py tests/test_processing_step3.py "$@"

@@ -31,7 +31,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.address = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.is_private, self.broken = {}, None, False
+        self.files, self.space, self.is_private, self.broken = {}, {}, None, False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"files": [{"path": file["path"], **mode} for file in lines[0]["files"]]})
         elif "/commit/" in self.path and not hub.broken:
             files = [line["value"] for line in lines if line["key"] == "file"]
-            hub.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            uploaded = hub.space if self.path.startswith("/api/spaces/") else hub.files
+            uploaded |= {file["path"]: base64.b64decode(file["content"]) for file in files}
             self.answer({"commitUrl": f"{hub.address}/{REPO}/commit/{'0' * 40}", "commitOid": "0" * 40})
         else:
             self.answer(status=403)
@@ -132,8 +133,10 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path, capsy
     result = push(directory, REPO, "--private")
     assert result.returncode == 1 and "403" in result.stderr and "Traceback" not in result.stderr, result.stderr
     hub.broken = False
-    result = push(directory, REPO, "--private")
+    result = push(directory, REPO, "--private", "--space")
     assert result.returncode == 0 and hub.is_private, result.stderr
+    assert hub.space.keys() == {"README.md", "app.py", "page.py", "requirements.txt"}
+    assert f"models: [{REPO}]" in hub.space["README.md"].decode()
     assert hub.files == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     lines = [line.split() for line in listed.out.splitlines()[:-1]]
     sizes = {name: len(content) for name, content in hub.files.items()}

