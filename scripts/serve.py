@@ -110,7 +110,7 @@ def serve(arguments: argparse.Namespace) -> str | None:
 
     directory = Path(os.path.abspath(arguments.directory))
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        return f"{directory} holds a LoRA adapter, which no engine serves alone; merge it: finetune_lora.py --merge."
+        return f"{directory} holds a LoRA adapter, which no engine serves alone; merge it: finetune.py --merge."
     installed = [name for name in ENGINES if ENGINES[name].is_installed()]
     kind = arguments.engine or next(iter(installed), "transformers")
     if kind not in installed:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests: bash scripts/test.sh [--transformers VERSION|newest | --engines DIRECTORY | --tuning] [options of pytest]
 # Another release of transformers than the one in constraints.txt gets an environment of its own, and so do, by --tuning,
-# the libraries that fine-tune and quantise. --engines runs the tests that ask vLLM, whose environment is made in
-# DIRECTORY unless it is there.
+# the libraries that fine-tune, quantise and show the page. --engines runs the tests that ask vLLM, whose environment is
+# made in DIRECTORY unless it is there.
 set -euo pipefail
 release= engines= tuning=
 case "${1:-}" in
@@ -13,10 +13,13 @@ esac
 environment=.venv${release:+-$release}${tuning:+-$tuning}
 source "$(dirname "$0")/setup.sh"
 constraints=scripts/constraints.txt
-extras=test,app,notebook,serve,export
+extras=test,notebook,serve,export
 if [ -n "$tuning" ]; then
-  extras=test,finetune,quantize
-  set -- tests/test_finetune.py tests/test_quantisation.py tests/test_processing_step3.py "$@"
+  # gradio does not take the pinned pillow yet.
+  constraints="$environment/constraints.txt"
+  grep -v '^pillow==' scripts/constraints.txt >"$constraints"
+  extras=test,app,finetune,quantize
+  set -- tests/test_app.py tests/test_finetune.py tests/test_quantisation.py tests/test_processing_step3.py "$@"
 fi
 if [ -n "$release" ]; then
   # What goes with the pinned release is not asked of another one.
