@@ -428,11 +428,8 @@ def test_a_full_disk_and_how_to_go_on_are_told_in_a_line(folder, tmp_path, limit
 
 
 def test_an_interrupted_training_says_how_to_go_on(folder):
-    command = [
-        sys.executable,
-        str(SCRIPTS / "finetune.py"),
-        *options_of(folder, "broken_off", "--num_train_epochs", 1000),
-    ]
+    options = options_of(folder, "broken_off", "--num_train_epochs", 1000)
+    command = [sys.executable, str(SCRIPTS / "finetune.py"), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.poll() is None and not (folder / "broken_off" / "data").exists():
         time.sleep(0.1)
@@ -460,45 +457,40 @@ def test_the_trained_model_is_gone_before_the_merged_one_is_made(folder, monkeyp
     assert found == [before]
 
 
+def tune_in_two(folder, output, *more, launch=("--config_file", SCRIPTS / "fsdp2.yaml")):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", "2"]
+    command += [SCRIPTS / "finetune.py", *options_of(folder, output, *more, "--per_device_train_batch_size", 4)]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
 @pytest.mark.parametrize("way", ["copies", "split"])
 def test_two_processes_learn_what_one_does(trained, folder, way):
     """Each with a copy of the weights, or with half of them."""
-    launch = ["--config_file", SCRIPTS / "fsdp2.yaml"] if way == "split" else ["--multi_gpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", "2"]
-    command += [SCRIPTS / "finetune.py", *options_of(folder, way, *OPTIONS, "--per_device_train_batch_size", 4)]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = tune_in_two(folder, way, *OPTIONS, **({"launch": ["--multi_gpu"]} if way == "copies" else {}))
     assert result.stdout.count("after step 30: 12 of 12") == 1
     for name, weight in adapter_of(folder / "trained").items():
         torch.testing.assert_close(adapter_of(folder / way)[name], weight, atol=1e-4, rtol=0)
-    held = [
-        float(line.split()[3]) for run in (trained, result) for line in run.stdout.splitlines() if " holds " in line
-    ]
-    assert len(held) == 3 and held[1:] == pytest.approx([held[0] / (2 if way == "split" else 1)] * 2, rel=0.02)
+    held = [float(size) for size in re.findall(r" holds ([\d.]+) MiB", trained.stdout + result.stdout)]
+    assert held[1:] == pytest.approx([held[0] / (2 if way == "split" else 1)] * 2, rel=0.02)
 
 
 def test_all_weights_are_learned_by_two_processes_that_split_them(folder):
     """The head among them. Without momentum, no rounding is magnified."""
     options = ("--use_peft", "false", "--optim", "sgd", "--learning_rate", 0.01, "--max_steps", 2, "--ask", 0)
     assert tune(folder, "whole", *options).returncode == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", SCRIPTS / "fsdp2.yaml"]
-    command += ["--num_processes", "2", SCRIPTS / "finetune.py", *options_of(folder, "whole_split", *options)]
-    command += ["--per_device_train_batch_size", 4]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    before, *after = (
-        load_file(path / "model.safetensors")
-        for path in (TINY, *(folder / x / "model" for x in ("whole", "whole_split")))
+    tune_in_two(folder, "whole_split", *options)
+    directories = (TINY, folder / "whole" / "model", folder / "whole_split" / "model")
+    before, one, two = (load_file(directory / "model.safetensors") for directory in directories)
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-6, rtol=0)
+    assert not any(
+        torch.equal(before[name], one[name]) for name in ("lm_head.weight", "model.layers.1.moe.gate.weight")
     )
-    assert all(
-        not torch.equal(before[name], after[0][name]) for name in ("lm_head.weight", "model.layers.1.moe.gate.weight")
-    )
-    for name, weight in after[0].items():
-        torch.testing.assert_close(after[1][name], weight, atol=1e-6, rtol=0)
-    files = [sorted(path.name for path in (folder / name / "model").iterdir()) for name in ("whole", "whole_split")]
-    assert files[0] == files[1] and "modeling_step3.py" in files[0]
-    configs = [json.loads((path / "config.json").read_text()) for path in (TINY, folder / "whole_split" / "model")]
-    assert configs[0]["text_config"] == configs[1]["text_config"] and configs[0]["auto_map"] == configs[1]["auto_map"]
+    assert len({tuple(sorted(path.name for path in directory.iterdir())) for directory in directories[1:]}) == 1
+    configs = [json.loads((directory / "config.json").read_text()) for directory in directories]
+    assert all(config[part] == configs[0][part] for config in configs for part in ("text_config", "auto_map"))
 
 
 def test_vocabulary_and_vision_are_trained_and_merged(folder):
@@ -539,28 +531,9 @@ def test_it_learns_to_prefer_an_answer_about_patches(folder, processor, method):
     assert result.returncode == 0, result.stderr
     assert AutoProcessor.from_pretrained(folder / method / "merged").image_processor.max_patches == 2
 
-    def margin(directory) -> float:
-        """How much likelier the better answer is, in logarithms, on the mean of three scenes."""
-        model, total = AutoModelForImageTextToText.from_pretrained(directory), 0
-        for number in (48, 49, 50):
-            prompt = processor.apply_chat_template(
-                [user(f"{processor.image_token}{QUESTION}")], add_generation_prompt=True
-            )
-            for answer, sign in ((ANSWER, 1), (WORSE, -1)):
-                inputs = processor(
-                    text=f"{prompt}{answer}<|EOT|>",
-                    images=folder / f"{number}.png",
-                    max_patches=2,
-                    add_special_tokens=False,
-                    return_tensors="pt",
-                )
-                count = len(processor.tokenizer(f"{answer}<|EOT|>", add_special_tokens=False)["input_ids"])
-                with torch.no_grad():
-                    logits = model(**inputs).logits[0, -count - 1 : -1].log_softmax(-1)
-                total += sign * float(logits.gather(1, inputs["input_ids"][0, -count:, None]).sum()) / 3
-        return total
-
-    assert margin(TINY) < 0 < margin(folder / method / "merged") - margin(TINY) - 5
+    history = json.loads((folder / method / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    gaps = [log["eval_logps/chosen"] - log["eval_logps/rejected"] for log in history if "eval_logps/chosen" in log]
+    assert gaps[-1] > gaps[0] + 5, gaps
 
 
 def test_text_is_packed(folder, tmp_path):
