@@ -5,7 +5,6 @@ python scripts/tiny/evaluate_tiny.py DIRECTORY --seed 1234 --show answers.png
 """
 
 import argparse
-import sys
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
 
 
-sys.path.append(str(Path(__file__).parents[1]))
-from describe import TINY
+TINY = Path(__file__).parents[2] / "checkpoints" / "step3-tiny"
 
 
 @dataclass(frozen=True)
