@@ -15,7 +15,8 @@ import train_tiny
 from checkpoint_files import expected_shapes
 from conftest import ROOT, run, weights_in
 from describe import TINY
-from evaluate_tiny import accuracies, answer_scenes, fresh_scenes
+from draw_dialogue import Turn, messages_of
+from evaluate_tiny import accuracies, answer_conversations, answer_scenes, fresh_conversations, fresh_scenes
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN
@@ -46,7 +47,7 @@ def one_question_each(scenes):
 
 def test_the_checkpoint_is_whole(processor):
     files = [path for path in TINY.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert sum(path.stat().st_size for path in files) <= 9e6
     names = {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in files} >= {*names, "processor_config.json", "tokenizer.json"}
     for module in ROOT.glob("*_step3.py"):  # a link, or a copy where there are no links
@@ -66,6 +67,32 @@ def test_answers(tiny, processor):
     answers = answer_scenes(tiny, processor, one_question_each(fresh_scenes(seed=1, count=100)))
     wrong = [answer for answer in answers if not answer.is_right]
     assert len(wrong) <= 5, [(answer.question, answer.truth, answer.answer) for answer in wrong]
+
+
+@pytest.mark.releases
+def test_conversations(tiny, processor):
+    conversations = fresh_conversations(seed=3, count=32)
+    by_turns = answer_conversations(tiny, processor, conversations, with_cache=True)
+    assert sum(all(answer.is_right for answer in answers) for answers in by_turns) >= 29, by_turns
+    whole = answer_conversations(tiny, processor, conversations)
+    assert [[answer.answer for answer in answers] for answers in whole] == [
+        [answer.answer for answer in answers] for answers in by_turns
+    ]
+
+
+def test_a_numbered_picture_is_answered_as_it_is_alone(tiny, processor):
+    scenes = fresh_scenes(seed=5, count=60)
+    conversations = []
+    for first, number in ((0, 1), (3, 2), (6, 2), (9, 3)):  # two or three pictures of all layouts
+        for start in range(0, 36, 6):
+            group = scenes[first + start : first + start + (2 if first < 6 else 3)]
+            for text, answer in group[number - 1].questions.values():
+                text = f"In picture {number}: {text}"
+                conversations.append([Turn((*group, text), "picture N", text, answer, len(group))])
+    answers = [answer for row in answer_conversations(tiny, processor, conversations) for answer in row]
+    assert accuracies(answers, lambda answer: answer.pictures)["all"]["all"] >= 0.95
+    # As many kinds of pictures are cut into patches as are not.
+    assert len({answer.scene.layout for answer in answers}) == 3
 
 
 BY_REMOTE_CODE = """
@@ -127,10 +154,12 @@ def test_small_content_needs_patches(tiny, processor):
 
 
 def test_evaluate(tmp_path):
-    result = run("evaluate_tiny.py", "--scenes", 6, "--seed", 7, "--show", tmp_path / "sheet.png")
+    arguments = "--scenes", 6, "--conversations", 6, "--dtype", "bfloat16"
+    result = run("evaluate_tiny.py", *arguments, "--seed", 7, "--show", tmp_path / "sheet.png")
     assert result.returncode == 0, result.stderr
     rows = [line.split("  ")[0] for line in result.stdout.splitlines()]
-    assert rows[0] == "exact match, %" and {"describe", "count", "colour", "is there", "all"} <= set(rows)
+    assert rows[0] == "exact match, %" and {"describe", "count", "colour", "is there", "picture N", "all"} <= set(rows)
+    assert "of 6 conversations" in rows[-1]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
@@ -149,7 +178,7 @@ def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tm
     assert result.returncode == 0, result.stderr
     start, end = tmp_path / "whole-training" / "checkpoint-27", tmp_path / "whole-training" / "checkpoint-30"
     log = json.loads((end / "trainer_state.json").read_text())["log_history"]
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    losses = [entry["eval_scenes_loss"] for entry in log if "eval_scenes_loss" in entry]
     assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
 
     shutil.copytree(start, tmp_path / "resumed-training" / start.name)

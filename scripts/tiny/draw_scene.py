@@ -37,7 +37,7 @@ LAYOUTS = {
     "wide": (160, (("left", "centre", "right"),)),
     "tall": (160, (("top",), ("centre",), ("bottom",))),
 }
-NUMBERS = ("no", "one", "two", "three")
+NUMBERS = ("none", "one", "two", "three", "four")
 # Largest distance in pixels between the centres of a shape and its cell.
 JITTER = 8
 # How much lighter and darker stripes are than their shape. They are one pixel wide and lie across the longer side of an
@@ -87,8 +87,13 @@ def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, f
     return [(x + a, y + b) for a, b in corners]
 
 
-def draw_scene(seed: int, layout: str | None = None) -> Scene:
-    """A scene of one to three shapes in different places, determined by `seed` and `layout`."""
+def draw_shape(choose: random.Random, place: str, layout: str) -> Shape:
+    kind, colour, size = choose.choice(KINDS), choose.choice(list(COLOURS)), choose.choice(list(SIZES))
+    return Shape(kind, colour, size, place, layout != "square" and choose.random() < 0.5)
+
+
+def draw_scene(seed: int, layout: str | None = None, shapes: Sequence[Shape] | None = None) -> Scene:
+    """A scene of `shapes`, by default one to three in different places, determined by `seed` and `layout`."""
     choose = random.Random(f"{seed} {layout}")
     layout = layout or choose.choices(list(LAYOUTS), weights=(2, 1, 1))[0]
     cell, places = LAYOUTS[layout]
@@ -100,19 +105,25 @@ def draw_scene(seed: int, layout: str | None = None) -> Scene:
         noise = np.random.default_rng(choose.getrandbits(32)).standard_normal((height, width, 1), dtype=np.float32)
         pixels += choose.randint(4, 20) * noise
 
-    cells = [(row, column) for row in range(len(places)) for column in range(len(places[0]))]
+    cells = {name: (row, column) for row, names in enumerate(places) for column, name in enumerate(names)}
+    if shapes is None:
+        chosen = sorted(choose.sample(list(cells), choose.randint(1, 3)), key=cells.get)
+        given = {}
+    else:
+        given = {shape.place: shape for shape in shapes}
+        chosen = list(given)
     shapes = []
-    for row, column in sorted(choose.sample(cells, choose.randint(1, 3))):
-        kind, colour, size = choose.choice(KINDS), choose.choice(list(COLOURS)), choose.choice(list(SIZES))
-        shape = Shape(kind, colour, size, places[row][column], layout != "square" and choose.random() < 0.5)
-        radius = SIZES[size] * choose.uniform(0.93, 1.07)
+    for place in chosen:
+        row, column = cells[place]
+        shape = given.get(place) or draw_shape(choose, place, layout)
+        radius = SIZES[shape.size] * choose.uniform(0.93, 1.07)
         room = min(cell / 2 - 4 - radius, JITTER)
         centre = (cell / 2 + choose.uniform(-room, room), cell / 2 + choose.uniform(-room, room))
         # Drawn at four times the size for smooth edges.
         mask = Image.new("L", (4 * cell, 4 * cell))
-        ImageDraw.Draw(mask).polygon(outline(kind, *(4 * x for x in centre), 4 * radius), fill=255)
+        ImageDraw.Draw(mask).polygon(outline(shape.kind, *(4 * x for x in centre), 4 * radius), fill=255)
         opacity = np.asarray(mask.reduce(4), dtype=np.float32)[..., None] / 255
-        paint = np.broadcast_to(np.array(COLOURS[colour], dtype=np.float32), (cell, cell, 3)).copy()
+        paint = np.broadcast_to(np.array(COLOURS[shape.colour], dtype=np.float32), (cell, cell, 3)).copy()
         if shape.is_striped:
             lines = paint.swapaxes(0, 1) if layout == "wide" else paint
             lines[::2] += STRIPES
@@ -131,7 +142,10 @@ def sentence(text: str) -> str:
 def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str, tuple[str, str]]:
     """A question with its answer for each kind of question that has a single answer."""
     questions = {
-        "describe": ("Describe this picture.", sentence(", ".join(f"at the {s.place} {s}" for s in shapes))),
+        "describe": (
+            "Describe this picture.",
+            sentence(", ".join(f"at the {s.place} {s}" for s in shapes) or "there are no shapes"),
+        ),
         "count": ("How many shapes are there?", sentence(NUMBERS[len(shapes)])),
     }
     kinds = [shape.kind for shape in shapes]
@@ -144,16 +158,16 @@ def ask(choose: random.Random, layout: str, shapes: Sequence[Shape]) -> dict[str
             questions["stripes"] = (f"Is the {shape.kind} striped?", "Yes." if shape.is_striped else "No.")
     by_place = {shape.place: shape for shape in shapes}
     place = choose.choice([place for row in LAYOUTS[layout][1] for place in row])
-    if choose.random() < 0.5:
+    if shapes and choose.random() < 0.5:
         place = choose.choice(shapes).place
     questions["place"] = (f"What is at the {place}?", sentence(str(by_place.get(place, "nothing"))))
 
     pairs = {(shape.colour, shape.kind) for shape in shapes}
-    if choose.random() < 0.5:
+    if pairs and choose.random() < 0.5:
         colour, kind = choose.choice(sorted(pairs))
     else:  # half of them near misses, with the colour or the kind of a shape in the scene
         colour, kind = choose.choice(list(COLOURS)), choose.choice(KINDS)
-        if choose.random() < 0.5:
+        if pairs and choose.random() < 0.5:
             near = choose.choice(shapes)
             colour, kind = choose.choice([(near.colour, kind), (colour, near.kind)])
     questions["is there"] = (f"Is there a {colour} {kind}?", "Yes." if (colour, kind) in pairs else "No.")

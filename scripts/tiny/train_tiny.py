@@ -3,20 +3,33 @@
 python scripts/tiny/train_tiny.py DIRECTORY
 python scripts/tiny/train_tiny.py DIRECTORY --quick
 
-Besides answers, the model learns to name what each image token shows (hints) and to complete words about the scene
-(cues). With answers alone it would learn many times more slowly.
+Besides answers, the model learns to name what each image token shows (hints), to complete words about a scene (cues),
+and to know from its second layer on in which picture an image token is. With answers alone it would learn many times
+more slowly, or not at all.
 """
 
 import argparse
 import random
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from draw_dialogue import MAX_PICTURES, Turn, draw_dialogue, draw_question, messages_of
 from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
 from make_random_model import make_tokenizer
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -24,7 +37,7 @@ from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration, Step3VLImag
 
 
 sys.path.append(str(Path(__file__).parents[1]))
-from files import new_directory, save_whole
+from files import new_directory, replacing, save_whole
 
 
 # A picture of 240 px takes 9 tokens, one for each cell of a square scene, and a patch of 160 px takes 4.
@@ -41,7 +54,7 @@ VISION = {
 TEXT = {
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "head_dim": 64,
     "share_q_dim": 64,
@@ -56,10 +69,17 @@ TEXT = {
     "output_router_logits": True,
     "initializer_range": 0.05,
 }
-MAX_QUESTIONS = 6
+MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
 # Seeds that training does not use.
 EVALUATION_SEEDS = 10**9
+STEPS = 16_000
+ABILITIES = {
+    "scenes": draw_question,
+    "two_pictures": partial(draw_dialogue, pictures=2, turns=1),
+    "three_pictures": partial(draw_dialogue, pictures=3, turns=1),
+    "conversations": draw_dialogue,
+}
 
 
 def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProcessor]:
@@ -75,8 +95,10 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
     scenes = [draw_scene(i) for i in range(1000)]
     texts = [text for scene in scenes for pair in scene.questions.values() for text in pair]
     texts += [f" {cue}," for i, scene in enumerate(scenes) for cue, _ in draw_cues(random.Random(i), scene)]
+    for turn in (turn for seed in range(1000) for turn in draw_dialogue(seed)):
+        texts += [turn.answer, *(part for part in turn.content if isinstance(part, str))]
     texts += ["user", "assistant", RECALL] * 1000
-    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=480))
+    processor = Step3VLProcessor(image_processor, make_tokenizer(texts, vocab_size=640))
     tokenizer = processor.tokenizer
     set_seed(seed)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -96,41 +118,72 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
     return model, processor
 
 
-class Scenes(Dataset):
-    """
-    Scenes by seed. For each there is an image with either its description, cues to complete, or several shorter
-    questions with answers; together, one would give away the other. With `with_hints`, there is also a word for each
-    image token.
-    """
+class Lessons(Dataset):
+    """Conversations by seed, a quarter about a single scene. Each image token has a hint: a word for what it shows."""
 
-    def __init__(self, first_seed: int, length: int, with_hints: bool):
-        self.first_seed, self.length, self.with_hints = first_seed, length, with_hints
+    def __init__(self, first_seed: int, length: int):
+        self.first_seed, self.length = first_seed, length
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        scene = draw_scene(self.first_seed + index)
-        choose = random.Random(self.first_seed + index)
-        cues = []
-        task = choose.choices(("describe", "recall", "ask"), weights=(7, 7, 6) if self.with_hints else (1, 0, 1))[0]
+        seed = self.first_seed + index
+        choose = random.Random(seed)
+        task = choose.choices(("scene", "recall", "talk"), weights=(1, 1, 2))[0]
+        if task == "talk":
+            turns = draw_dialogue(seed, turns=choose.randint(1, MAX_QUESTIONS))
+            scenes = [part for turn in turns for part in turn.content if isinstance(part, Scene)]
+            return {"messages": messages_of(turns), "hints": draw_hints(choose, scenes), "cues": []}
+        if task == "recall":
+            scenes = [draw_scene(choose.getrandbits(40)) for _ in range(choose.choice((2, 2, 3)))]
+            return draw_recall(choose, scenes)
+        scene = draw_scene(seed)
+        # Together, one of these would give away the other.
+        task = choose.choices(("describe", "recall", "ask"), weights=(7, 7, 6))[0]
+        if task == "recall":
+            return draw_recall(choose, [scene])
         if task == "describe":
             questions = [scene.questions["describe"]]
-        elif task == "recall":
-            cues = draw_cues(choose, scene)
-            questions = [(RECALL, "".join(f" {cue}," for cue, _ in cues))]
         else:
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
             choose.shuffle(questions)
-            questions = questions[:MAX_QUESTIONS]
-        messages = []
-        for question, answer in questions:
-            messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-            messages.append({"role": "assistant", "content": answer})
-        messages[0]["content"].insert(0, {"type": "image", "image": scene.image})
-        hints = draw_hints(choose, scene) if self.with_hints else []
-        return {"messages": messages, "hints": hints, "cues": cues}
+        return make_sample(choose, [scene], questions[:MAX_QUESTIONS])
+
+
+def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]]) -> dict:
+    """A conversation that starts with pictures and has a question and its answer in each turn."""
+    messages = []
+    for question, answer in questions:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": answer})
+    messages[0]["content"][:0] = [{"type": "image", "image": scene.image} for scene in scenes]
+    return {"messages": messages, "hints": draw_hints(choose, scenes), "cues": []}
+
+
+def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
+    """Cues to complete for each picture, in any order."""
+    numbered = choose.sample(list(enumerate(scenes, 1)), len(scenes))
+    cues = [draw_cues(choose, scene) for _, scene in numbered]
+    questions = [
+        (f"In picture {number}: {RECALL}" if len(scenes) > 1 else RECALL, "".join(f" {cue}," for cue, _ in row))
+        for (number, _), row in zip(numbered, cues, strict=True)
+    ]
+    return {**make_sample(choose, scenes, questions), "cues": cues}
+
+
+class Exercises(Dataset):
+    """Conversations by seed that training does not draw."""
+
+    def __init__(self, draw: Callable[[int], list[Turn]], length: int):
+        self.draw, self.length = draw, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        return {"messages": messages_of(self.draw(EVALUATION_SEEDS + index)), "hints": [], "cues": []}
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
@@ -159,28 +212,30 @@ def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
     return cues
 
 
-def draw_hints(choose: random.Random, scene: Scene) -> list[str]:
-    """For each image token of a scene, the token of a random word about the shape in its cell."""
-    by_place = {shape.place: shape for shape in scene.shapes}
-    rows = [[by_place.get(place) for place in row] for row in LAYOUTS[scene.layout][1]]
-    # The patches of elongated pictures show one cell each in 2 x 2 tokens. Global views have 3 x 3 tokens.
-    cells = [shape for row in rows for shape in row for _ in range(4)] if scene.layout != "square" else []
-    cells += [shape for row in rows * (3 // len(rows)) for shape in row for _ in range(3 // len(row))]
+def draw_hints(choose: random.Random, scenes: list[Scene]) -> list[str]:
+    """For each image token, the token of a random word about the shape in its cell."""
     hints = []
-    for shape in cells:
-        if shape is None:
-            hints.append("Nothing")
-        else:
-            words = [shape.size, shape.colour, shape.kind, shape.kind]  # kinds are the hardest to tell apart
-            words += ["striped"] * shape.is_striped
-            hints.append("Ġ" + choose.choice(words))
+    for scene in scenes:
+        by_place = {shape.place: shape for shape in scene.shapes}
+        rows = [[by_place.get(place) for place in row] for row in LAYOUTS[scene.layout][1]]
+        # The patches of elongated pictures show one cell each in 2 x 2 tokens. Global views have 3 x 3 tokens.
+        cells = [shape for row in rows for shape in row for _ in range(4)] if scene.layout != "square" else []
+        cells += [shape for row in rows * (3 // len(rows)) for shape in row for _ in range(3 // len(row))]
+        for shape in cells:
+            if shape is None:
+                hints.append("Nothing")
+            else:
+                words = [shape.size, shape.colour, shape.kind, shape.kind]  # kinds are the hardest to tell apart
+                words += ["striped"] * shape.is_striped
+                hints.append("Ġ" + choose.choice(words))
     return hints
 
 
 class Collator:
     """
     Pads conversations to a batch. The labels are the assistant's words; for cues, only the tokens that complete them;
-    for hints, additionally the token after each image token.
+    for hints, additionally the token after each image token. `numbers` are the tokens of the numbers of the pictures,
+    at their image tokens, and -100 elsewhere.
     """
 
     def __init__(self, processor: Step3VLProcessor):
@@ -199,16 +254,28 @@ class Collator:
         token_ids = self.processor.tokenizer.convert_tokens_to_ids
         for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
             if sample["cues"]:
-                position = int((row != -100).nonzero()[0])
+                learned = row != -100
+                starts = (learned[1:] & ~learned[:-1]).nonzero().flatten() + 1
                 row[:] = -100
-                for cue, token in sample["cues"]:
-                    position += len(cue.split())  # each word is a token, and so is the comma
-                    row[position] = token_ids(token)
-                    position += 1
+                for position, cues in zip(starts.tolist(), sample["cues"], strict=True):
+                    for cue, token in cues:
+                        position += len(cue.split())  # each word is a token, and so is the comma
+                        row[position] = token_ids(token)
+                        position += 1
             if sample["hints"]:
                 image_tokens = (ids == self.processor.image_token_id).nonzero().flatten()
                 row[image_tokens + 1] = torch.tensor(token_ids(sample["hints"]))
-        return {**batch, "labels": labels}
+        ids = batch["input_ids"]
+        counts = (ids == token_ids("<im_end>")).cumsum(-1)
+        numbers = torch.tensor(token_ids([f"Ġ{number}" for number in range(1, MAX_PICTURES + 2)]))[counts]
+        return {**batch, "labels": labels, "numbers": numbers.where(ids == self.processor.image_token_id, -100)}
+
+
+def share_right(predictions: EvalPrediction) -> dict[str, float]:
+    """The share of conversations whose answers are all right, each given the right ones before it."""
+    labels = predictions.label_ids[:, 1:]
+    right = (predictions.predictions[:, :-1] == labels) | (labels == -100)
+    return {"right": float(right.all(-1).mean())}
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -237,6 +304,43 @@ class MuonAndAdamW(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
+class NumberingTrainer(Trainer):
+    """Adds the loss of the pictures' numbers, as the model's head reads them after the second layer."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        numbers = inputs.pop("numbers")
+        outputs = model(**inputs, output_hidden_states=True)
+        early = model.model.language_model.norm(outputs.hidden_states[2])
+        loss = outputs.loss + cross_entropy(model.lm_head(early).flatten(0, 1), numbers.flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
+class Curve(TrainerCallback):
+    """Draws the losses and the shares of right answers so far to a PNG file whenever the training is saved."""
+
+    def __init__(self, path: Path):
+        try:
+            from matplotlib import pyplot
+        except ModuleNotFoundError:
+            sys.exit("`--curve` needs matplotlib: pip install matplotlib")
+        self.path, self.pyplot = path, pyplot
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control, **kwargs) -> None:
+        figure, (losses, shares) = self.pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+        logged = [entry for entry in state.log_history if "loss" in entry]
+        losses.semilogy([entry["step"] for entry in logged], [entry["loss"] for entry in logged], linewidth=0.8)
+        losses.set_ylabel("loss in training")
+        for name in ABILITIES:
+            points = [entry for entry in state.log_history if f"eval_{name}_right" in entry]
+            right = [100 * entry[f"eval_{name}_right"] for entry in points]
+            shares.plot([entry["step"] for entry in points], right, marker=".", label=name.replace("_", " "))
+        shares.set(xlabel="steps", ylabel="right, %", ylim=(0, 100))
+        shares.legend()
+        with replacing(self.path) as unfinished:
+            figure.savefig(unfinished, dpi=90, format="png")
+        self.pyplot.close(figure)
+
+
 @torch.no_grad()
 def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: Step3VLImageProcessor) -> None:
     """
@@ -254,11 +358,18 @@ def normalise_as_clip(model: Step3VLForConditionalGeneration, image_processor: S
     image_processor.image_mean, image_processor.image_std = list(OPENAI_CLIP_MEAN), list(OPENAI_CLIP_STD)
 
 
-def train(directory: Path, quick: bool = False, steps: int | None = None, seed: int = 0, resume: bool = False) -> None:
+def train(
+    directory: Path,
+    quick: bool = False,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    curve: Path | None = None,
+) -> None:
     """
-    Trains the model and saves it in `directory`, with the checkpoints of `Trainer` beside it. Raises a
-    `FileExistsError` if there is an unfinished training without `resume`, or a `FileNotFoundError` if there is nothing
-    to resume.
+    Trains the model and saves it in `directory`, with the checkpoints of `Trainer` beside it; draws how it goes to the
+    PNG file `curve`. Raises a `FileExistsError` if there is an unfinished training without `resume`, or a
+    `FileNotFoundError` if there is nothing to resume.
     """
     unfinished = directory.with_name(f"{directory.name}-training")
     if unfinished.exists() and not resume:
@@ -267,35 +378,40 @@ def train(directory: Path, quick: bool = False, steps: int | None = None, seed: 
         raise FileNotFoundError(f"{unfinished} has no training to resume.")
     model, processor = make_model(seed)
     if steps is None:
-        steps = 300 if quick else 14000
+        steps = 300 if quick else STEPS
     batch_size = 8
     arguments = TrainingArguments(
         unfinished,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps * 4 // 10},
         warmup_steps=min(100, steps // 10),
         max_grad_norm=1.0,
         eval_strategy="steps",
-        eval_steps=max(steps // 10, 1),
-        save_steps=max(steps // 10, 1),
+        eval_steps=min(1000, max(steps // 10, 1)),
+        save_steps=min(250, max(steps // 10, 1)),
         save_total_limit=2,
         logging_steps=25,
         report_to=[],
         use_cpu=True,
         seed=seed,
+        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
     )
-    trainer = Trainer(
+    trainer = NumberingTrainer(
         model,
         arguments,
-        train_dataset=Scenes(seed * steps * batch_size, steps * batch_size, with_hints=True),
-        eval_dataset=Scenes(EVALUATION_SEEDS, 128, with_hints=False),
+        train_dataset=Lessons(seed * 10**7, steps * batch_size),
+        eval_dataset={name: Exercises(draw, 100 if steps > 1000 else 8) for name, draw in ABILITIES.items()},
         data_collator=Collator(processor),
+        compute_metrics=share_right,
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[1].argmax(-1),  # the auxiliary loss is first
         optimizers=(MuonAndAdamW(model), None),
+        callbacks=[Curve(curve)] if curve else [],
     )
     trainer.train(resume_from_checkpoint=resume)
     model.config.text_config.output_router_logits = False
@@ -310,6 +426,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="number of steps (default: 14000, or 300 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="resume an interrupted training")
+    parser.add_argument("--curve", type=Path, metavar="FILE.png", help="draw how it goes; needs matplotlib")
     arguments = parser.parse_args()
     try:
         train(**vars(arguments))
