@@ -15,8 +15,7 @@ import train_tiny
 from checkpoint_files import expected_shapes
 from conftest import ROOT, run, weights_in
 from describe import TINY
-from draw_dialogue import Turn, messages_of
-from evaluate_tiny import accuracies, answer_conversations, answer_scenes, fresh_conversations, fresh_scenes
+from evaluate_tiny import accuracies, answer_scenes, fresh_scenes
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN
@@ -67,32 +66,6 @@ def test_answers(tiny, processor):
     answers = answer_scenes(tiny, processor, one_question_each(fresh_scenes(seed=1, count=100)))
     wrong = [answer for answer in answers if not answer.is_right]
     assert len(wrong) <= 5, [(answer.question, answer.truth, answer.answer) for answer in wrong]
-
-
-@pytest.mark.releases
-def test_conversations(tiny, processor):
-    conversations = fresh_conversations(seed=3, count=32)
-    by_turns = answer_conversations(tiny, processor, conversations, with_cache=True)
-    assert sum(all(answer.is_right for answer in answers) for answers in by_turns) >= 29, by_turns
-    whole = answer_conversations(tiny, processor, conversations)
-    assert [[answer.answer for answer in answers] for answers in whole] == [
-        [answer.answer for answer in answers] for answers in by_turns
-    ]
-
-
-def test_a_numbered_picture_is_answered_as_it_is_alone(tiny, processor):
-    scenes = fresh_scenes(seed=5, count=60)
-    conversations = []
-    for first, number in ((0, 1), (3, 2), (6, 2), (9, 3)):  # two or three pictures of all layouts
-        for start in range(0, 36, 6):
-            group = scenes[first + start : first + start + (2 if first < 6 else 3)]
-            for text, answer in group[number - 1].questions.values():
-                text = f"In picture {number}: {text}"
-                conversations.append([Turn((*group, text), "picture N", text, answer, len(group))])
-    answers = [answer for row in answer_conversations(tiny, processor, conversations) for answer in row]
-    assert accuracies(answers, lambda answer: answer.pictures)["all"]["all"] >= 0.95
-    # As many kinds of pictures are cut into patches as are not.
-    assert len({answer.scene.layout for answer in answers}) == 3
 
 
 BY_REMOTE_CODE = """
