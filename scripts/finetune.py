@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -167,6 +168,16 @@ def pixels_of(samples: list[dict], image_processor: Step3VLImageProcessor) -> di
     images = [image for sample in samples for image in sample["images"]]
     inputs = image_processor(image_processor.fetch_images(images), return_tensors="pt") if images else {}
     return {name: inputs[name] for name in image_processor.model_input_names if name in inputs}
+
+
+def collate_with_all_inputs(examples: list[dict], collator, image_processor: Step3VLImageProcessor) -> dict:
+    """
+    A batch in which missing images and patches are empty tensors. If weights are split over processes, all of these
+    must run the vision encoder equally often.
+    """
+    sides = {"pixel_values": image_processor.size["height"], "patch_pixel_values": image_processor.patch_size}
+    empty = {name: torch.zeros(0, 3, side, side) for name, side in sides.items()}
+    return {**empty, "num_patches": torch.zeros(0, dtype=torch.long), **collator(examples)}
 
 
 class WholeLogitsTrainer(SFTTrainer):
@@ -337,6 +348,8 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
         quantization_config=get_quantization_config(model_options),
         **(training.model_init_kwargs or {}),
     )
+    if is_split:
+        model.model.max_encoder_bytes = {"cuda": 2**62}  # all images at a time, whatever their number
     text_config, callbacks = model.config.get_text_config(), []
     if training.router_aux_loss_coef is None and not text_config.output_router_logits:
         training.router_aux_loss_coef = 0.0  # TRL would add the load-balancing loss
@@ -369,6 +382,9 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
         peft_config=make_lora(options, model_options),
         callbacks=callbacks,
     )
+    if is_split:
+        inputs = {"collator": trainer.data_collator, "image_processor": processor.image_processor}
+        trainer.data_collator = partial(collate_with_all_inputs, **inputs)
     is_first = trainer.is_world_process_zero()
     if is_first and model_options.use_peft:
         trainer.model.print_trainable_parameters()
