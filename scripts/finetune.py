@@ -19,6 +19,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from training_data import METHODS, Sample, load_processor, read_samples
+from training_data import CHUNK, METHODS, Sample, load_processor, read_samples
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -241,13 +242,14 @@ def write_samples(path: Path, data: str, options: Options, max_length: int | Non
     Returns the number of its rows.
     """
     schema = pa.schema({**COLUMNS, **METHOD_COLUMNS[options.method]})
+    samples = read_samples(Path(data), processor, faults, options.method, max_length)
     num_rows, num_images, num_tokens = 0, 0, 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for sample in read_samples(Path(data), processor, faults, options.method, max_length):
-            rows = rows_of(sample, options.method)
+        while rows := [row for sample in islice(samples, CHUNK) for row in rows_of(sample, options.method)]:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-            num_rows, num_images = num_rows + len(rows), num_images + len(sample.images)
-            num_tokens += len(sample.input_ids)
+            num_rows += len(rows)
+            num_images += sum(len(row["images"]) for row in rows)
+            num_tokens += sum(len(row["input_ids"]) for row in rows)
     print(f"{data}: {num_rows} conversations, {num_images} images, {num_tokens} tokens")
     return num_rows
 
