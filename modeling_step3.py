@@ -1018,9 +1018,12 @@ class Step3VLModel(Step3VLPreTrainedModel):
 
     def encode(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
         """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows. Their
-        features are its `pooler_output` (images, image tokens, hidden_size)."""
-        vision_config = self.config.vision_config
+        features are its `pooler_output` (images, image tokens, hidden_size). Without images, the encoder runs all the
+        same, as processes that split its weights need."""
+        vision_config, num_images = self.config.vision_config, len(pixel_values)
         check_pictures(vision_config, pixel_values)
+        if num_images == 0:
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
         num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
@@ -1034,7 +1037,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             return torch.cat(values) if is_tensor else tuple(map(torch.cat, zip(*values, strict=True)))
 
         output = BaseModelOutputWithPooling(**{name: merge([x[name] for x in outputs]) for name in outputs[0]})
-        output.pooler_output = self.project(output.last_hidden_state)
+        output.pooler_output = self.project(output.last_hidden_state)[:num_images]
         return output
 
     @can_return_tuple
@@ -1074,7 +1077,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             ),
         )
         features, rows = output.pooler_output.flatten(0, 1), num_tokens
-        if patches_given:
+        if patch_pixel_values is not None:
             patch_features = self.encode(patch_pixel_values).pooler_output
             # Each picture's patches precede its global view. Sort on the device, for any counts.
             images = torch.arange(num_images, device=num_patches.device)
@@ -1086,7 +1089,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
             features = torch.cat([patch_features.flatten(0, 1), features])
             features = features[torch.cat(places).argsort(stable=True)]
             rows = num_patches * patch_features.shape[1] + num_tokens
-        if torch.compiler.is_compiling():  # the number of rows per picture is unknown
+        if torch.compiler.is_compiling() or num_images == 0:  # the number of rows per picture is unknown
             output.pooler_output = (features,)
         else:
             output.pooler_output = features.split(rows if isinstance(rows, int) else rows.tolist())
@@ -1504,7 +1507,7 @@ def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor)
     """Raises a `ValueError` unless the images (images, num_channels, side, side) split into whole patches."""
     shape = tuple(pixel_values.shape)
     is_square = len(shape) == 4 and shape[1] == config.num_channels and shape[2] == shape[3]
-    if not is_square or shape[3] % config.patch_size or 0 in shape:
+    if not is_square or shape[3] % config.patch_size or shape[3] == 0:
         raise ValueError(
             f"Pictures must have the shape (images, {config.num_channels}, side, side), with a side that is a multiple "
             f"of {config.patch_size} pixels, got {shape}."

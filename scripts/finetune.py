@@ -18,6 +18,8 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,7 +33,7 @@ from files import replacing, save_whole, write_json
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from training_data import METHODS, Sample, load_processor, read_samples
+from training_data import CHUNK, METHODS, Sample, load_processor, read_samples
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -169,6 +171,16 @@ def pixels_of(samples: list[dict], image_processor: Step3VLImageProcessor) -> di
     return {name: inputs[name] for name in image_processor.model_input_names if name in inputs}
 
 
+def collate_with_all_inputs(examples: list[dict], collator, image_processor: Step3VLImageProcessor) -> dict:
+    """
+    A batch in which missing images and patches are empty tensors. If weights are split over processes, all of these
+    must run the vision encoder equally often.
+    """
+    sides = {"pixel_values": image_processor.size["height"], "patch_pixel_values": image_processor.patch_size}
+    empty = {name: torch.zeros(0, 3, side, side) for name, side in sides.items()}
+    return {**empty, "num_patches": torch.zeros(0, dtype=torch.long), **collator(examples)}
+
+
 class WholeLogitsTrainer(SFTTrainer):
     """
     Computes the loss from the model's logits. TRL multiplies by the head's weight itself; if that is split over
@@ -230,13 +242,14 @@ def write_samples(path: Path, data: str, options: Options, max_length: int | Non
     Returns the number of its rows.
     """
     schema = pa.schema({**COLUMNS, **METHOD_COLUMNS[options.method]})
+    samples = read_samples(Path(data), processor, faults, options.method, max_length)
     num_rows, num_images, num_tokens = 0, 0, 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for sample in read_samples(Path(data), processor, faults, options.method, max_length):
-            rows = rows_of(sample, options.method)
+        while rows := [row for sample in islice(samples, CHUNK) for row in rows_of(sample, options.method)]:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-            num_rows, num_images = num_rows + len(rows), num_images + len(sample.images)
-            num_tokens += len(sample.input_ids)
+            num_rows += len(rows)
+            num_images += sum(len(row["images"]) for row in rows)
+            num_tokens += sum(len(row["input_ids"]) for row in rows)
     print(f"{data}: {num_rows} conversations, {num_images} images, {num_tokens} tokens")
     return num_rows
 
@@ -337,6 +350,8 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
         quantization_config=get_quantization_config(model_options),
         **(training.model_init_kwargs or {}),
     )
+    if is_split:
+        model.model.max_encoder_bytes = {"cuda": 2**62}  # all images at a time, whatever their number
     text_config, callbacks = model.config.get_text_config(), []
     if training.router_aux_loss_coef is None and not text_config.output_router_logits:
         training.router_aux_loss_coef = 0.0  # TRL would add the load-balancing loss
@@ -369,6 +384,9 @@ def train(options: Options, training, model_options: ModelConfig, data: tuple, c
         peft_config=make_lora(options, model_options),
         callbacks=callbacks,
     )
+    if is_split:
+        inputs = {"collator": trainer.data_collator, "image_processor": processor.image_processor}
+        trainer.data_collator = partial(collate_with_all_inputs, **inputs)
     is_first = trainer.is_world_process_zero()
     if is_first and model_options.use_peft:
         trainer.model.print_trainable_parameters()

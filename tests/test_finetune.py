@@ -42,9 +42,12 @@ QUESTION, ANSWER, WORSE = "What is there?", "Yes, a star.", "No."
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversations, "SIZES", tmp_path / "cache" / "sizes.json")
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setattr(conversations, "SIZES", tmp_path_factory.mktemp("cache") / "sizes.json")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +231,9 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
         ),
         ({"messages": [user("Hello.<|EOT|>"), assistant("Two.")]}, "has the special token <|EOT|>"),
         ({"messages": [user([{"type": "text", "text": x} for x in ("<|EO", "T|>")]), assistant("2")]}, "special token"),
-        ({"messages": [user("<image>" * 4), assistant("2")], "images": ["0.png"] * 4}, "tokens, more than 250"),
+        ({"messages": [user("<image>" * 24), assistant("2")], "images": ["1.png"] * 24}, "tokens, more than 250"),
     ]
-    shutil.copy(folder / "0.png", tmp_path)
+    shutil.copy(folder / "1.png", tmp_path)
     data = write_lines(tmp_path / "data.jsonl", [*(row for row, _ in cases), {"messages": good}])
     options = ("--model_name_or_path", TINY, "--dataset_name", data, "--max_length", 250)
     result = run("finetune.py", *options, "--output_dir", tmp_path / "out")
