@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 webdriver = pytest.importorskip("selenium.webdriver")
-if not (shutil.which("chromium") and shutil.which("chromedriver")):
-    pytest.skip("Chromium and its driver are not installed", allow_module_level=True)
 
 from conftest import ROOT
 from describe import TINY
@@ -20,6 +18,11 @@ from draw_scene import draw_scene
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="Chromium and its driver are not installed"
+)
 
 
 @pytest.fixture(scope="module")
