@@ -1020,7 +1020,7 @@ class Step3VLModel(Step3VLPreTrainedModel):
         """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows. Their
         features are its `pooler_output` (images, image tokens, hidden_size). Without images, the encoder runs all the
         same, as processes that split its weights need."""
-        vision_config, num_images = self.config.vision_config, len(pixel_values)
+        vision_config, num_images = self.config.vision_config, pixel_values.shape[0]
         check_pictures(vision_config, pixel_values)
         if num_images == 0:
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
