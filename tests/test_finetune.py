@@ -559,3 +559,9 @@ def test_made_up_conversations(tmp_path):
         assert [row.messages[0]["content"][1]["text"] for row in rows].count("What is there?") == news
     answer = rows[0].messages[1]["content"][0]["text"]
     assert answer.split(". ")[0] in ("One", "Two", "Three") and " at the " in answer
+
+    options = "--train", 3, "--test", 1, "--pairs"
+    assert run("draw_conversations.py", tmp_path / "pairs", *options).returncode == 0
+    for row in read_conversations(tmp_path / "pairs" / "train.jsonl"):
+        assert row.messages[0]["content"][1]["text"] == "What is there?"
+        assert row.rejected["content"][0]["text"].startswith("At the ")

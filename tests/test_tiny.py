@@ -15,7 +15,8 @@ import train_tiny
 from checkpoint_files import expected_shapes
 from conftest import ROOT, run, weights_in
 from describe import TINY
-from evaluate_tiny import accuracies, answer_scenes, fresh_scenes
+from draw_dialogue import Turn
+from evaluate_tiny import accuracies, answer_conversations, answer_scenes, fresh_conversations, fresh_scenes
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN
@@ -66,6 +67,35 @@ def test_answers(tiny, processor):
     answers = answer_scenes(tiny, processor, one_question_each(fresh_scenes(seed=1, count=100)))
     wrong = [answer for answer in answers if not answer.is_right]
     assert len(wrong) <= 5, [(answer.question, answer.truth, answer.answer) for answer in wrong]
+
+
+def texts(answered) -> list[list[str]]:
+    return [[answer.answer for answer in conversation] for conversation in answered]
+
+
+@pytest.mark.releases
+def test_conversations_about_no_picture_to_four(tiny, processor):
+    """All at once, a turn at a time with whole prompts of different lengths, or each with a cache: the same answers."""
+    conversations = fresh_conversations(seed=1, count=60)
+    assert {turns[-1].pictures for turns in conversations} == {0, 1, 2, 3, 4}
+    answered = answer_conversations(tiny, processor, conversations)
+    wrong = [conversation for conversation in answered if not all(answer.is_right for answer in conversation)]
+    assert len(wrong) <= 6, [(answer.question, answer.truth, answer.answer) for row in wrong for answer in row]
+    with_cache = answer_conversations(tiny, processor, conversations[:20], with_cache=True)
+    assert texts(with_cache) == texts(answered[:20])
+
+
+def test_a_numbered_picture_is_answered_as_it_is_alone(tiny, processor):
+    scenes = one_question_each(fresh_scenes(seed=3, count=60))
+    conversations = []
+    for i in range(0, len(scenes), 3):
+        group = scenes[i : i + 3]
+        for number, scene in enumerate(group, 1):
+            ((kind, (question, answer)),) = scene.questions.items()
+            conversations.append([Turn((*group, f"In picture {number}: {question}"), kind, question, answer, 3)])
+    answered = answer_conversations(tiny, processor, conversations)
+    wrong = [answer for (answer,) in answered if not answer.is_right]
+    assert len(wrong) <= 4, [(answer.question, answer.truth, answer.answer) for answer in wrong]
 
 
 BY_REMOTE_CODE = """

@@ -2,6 +2,7 @@
 
 python scripts/tiny/train_tiny.py DIRECTORY
 python scripts/tiny/train_tiny.py DIRECTORY --quick
+python scripts/tiny/train_tiny.py DIRECTORY --start SHALLOWER --steps 1500
 
 Besides answers, the model learns to name what each image token shows (hints), to complete words about a scene (cues),
 and to know from its second layer on in which picture an image token is. With answers alone it would learn many times
@@ -22,6 +23,8 @@ from make_random_model import make_tokenizer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     EvalPrediction,
     GenerationConfig,
     Trainer,
@@ -365,18 +368,24 @@ def train(
     seed: int = 0,
     resume: bool = False,
     curve: Path | None = None,
+    start: Path | None = None,
 ) -> None:
     """
     Trains the model and saves it in `directory`, with the checkpoints of `Trainer` beside it; draws how it goes to the
-    PNG file `curve`. Raises a `FileExistsError` if there is an unfinished training without `resume`, or a
-    `FileNotFoundError` if there is nothing to resume.
+    PNG file `curve`. Goes on from the model in `start`, such as step3-tiny's first layers, instead of from nothing.
+    Raises a `FileExistsError` if there is an unfinished training without `resume`, or a `FileNotFoundError` if there is
+    nothing to resume.
     """
     unfinished = directory.with_name(f"{directory.name}-training")
     if unfinished.exists() and not resume:
         raise FileExistsError(f"{unfinished} has an unfinished training; resume it with --resume or remove it.")
     if resume and (not unfinished.exists() or get_last_checkpoint(unfinished) is None):
         raise FileNotFoundError(f"{unfinished} has no training to resume.")
-    model, processor = make_model(seed)
+    if start:
+        model, processor = AutoModelForImageTextToText.from_pretrained(start), AutoProcessor.from_pretrained(start)
+        model.config.text_config.output_router_logits = True
+    else:
+        model, processor = make_model(seed)
     if steps is None:
         steps = 300 if quick else STEPS
     batch_size = 8
@@ -423,9 +432,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("directory", type=new_directory, help="directory to create; must not exist yet")
     parser.add_argument("--quick", action="store_true", help="train a worse model in under three minutes")
-    parser.add_argument("--steps", type=int, help="number of steps (default: 14000, or 300 with --quick)")
+    parser.add_argument("--steps", type=int, help=f"number of steps (default: {STEPS}, or 300 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the scenes (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="resume an interrupted training")
+    parser.add_argument("--start", type=Path, metavar="DIRECTORY", help="a model to go on from (default: from nothing)")
     parser.add_argument("--curve", type=Path, metavar="FILE.png", help="draw how it goes; needs matplotlib")
     arguments = parser.parse_args()
     try:
