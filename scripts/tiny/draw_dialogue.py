@@ -23,8 +23,8 @@ ANNOUNCEMENTS = ("Here is a picture.", "Here is another picture.", "Look at this
 @dataclass(frozen=True)
 class Turn:
     """
-    What the user sends, scenes and texts in order, and the answer. `kind` names the ability that it takes, and
-    `pictures` counts the pictures of the conversation up to here.
+    What the user sends, scenes and texts in order, and the answer. `kind` names the ability that it takes, `pictures`
+    counts the pictures of the conversation up to here, and `asked` is the index of the one that the question names.
     """
 
     content: tuple[Scene | str, ...]
@@ -32,6 +32,7 @@ class Turn:
     question: str
     answer: str
     pictures: int
+    asked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
             parts.insert(choose.randrange(len(parts)), choose.choice(ANNOUNCEMENTS))
         at = choose.choices((len(parts), 0, choose.randint(0, len(parts))), weights=(5, 2, 3))[0]
         parts.insert(at, question.text)
-        result.append(Turn(tuple(parts), question.kind, question.text, question.answer, len(scenes)))
+        asked = None if question.kind == "which" else question.picture
+        result.append(Turn(tuple(parts), question.kind, question.text, question.answer, len(scenes), asked))
         previous = question
     return result
 
@@ -213,7 +215,7 @@ def draw_question(seed: int) -> list[Turn]:
     """One of the questions about one scene, as a conversation."""
     scene = draw_scene(seed)
     kind, (text, answer) = random.Random(seed).choice(list(scene.questions.items()))
-    return [Turn((scene, text), kind, text, answer, 1)]
+    return [Turn((scene, text), kind, text, answer, 1, 0)]
 
 
 def messages_of(turns: list[Turn]) -> list[dict]:

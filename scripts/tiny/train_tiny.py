@@ -5,8 +5,8 @@ python scripts/tiny/train_tiny.py DIRECTORY --quick
 python scripts/tiny/train_tiny.py DIRECTORY --start SHALLOWER --steps 1500
 
 Besides answers, the model learns to name what each image token shows (hints), to complete words about a scene (cues),
-and to know from its second layer on in which picture and where an image token is (whereabouts). With answers alone it
-would learn many times more slowly, or not at all.
+and to know from its second layer on in which picture and where an image token is, and which picture a question is about
+(whereabouts). With answers alone it would learn many times more slowly, or not at all.
 """
 
 import argparse
@@ -149,8 +149,7 @@ class Lessons(Dataset):
         )
         if task == "talk":
             turns = draw_dialogue(seed, turns=choose.randint(1, MAX_QUESTIONS))
-            scenes = scenes_of(turns)
-            return {"messages": messages_of(turns), "scenes": scenes, "hints": draw_hints(choose, scenes), "cues": []}
+            return {**sample_of(turns), "hints": draw_hints(choose, scenes_of(turns))}
         if task == "recall":
             scenes = [draw_scene(choose.getrandbits(40)) for _ in range(choose.choice((2, 2, 3)))]
             return draw_recall(choose, scenes)
@@ -165,21 +164,26 @@ class Lessons(Dataset):
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
             choose.shuffle(questions)
-        return make_sample(choose, [scene], questions[:MAX_QUESTIONS])
+        return make_sample(choose, [scene], questions[:MAX_QUESTIONS], [0] * MAX_QUESTIONS)
 
 
 def scenes_of(turns: list[Turn]) -> list[Scene]:
     return [part for turn in turns for part in turn.content if isinstance(part, Scene)]
 
 
-def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]]) -> dict:
-    """A conversation that starts with pictures and has a question and its answer in each turn."""
+def sample_of(turns: list[Turn]) -> dict:
+    asked = [turn.asked for turn in turns]
+    return {"messages": messages_of(turns), "scenes": scenes_of(turns), "asked": asked, "hints": [], "cues": []}
+
+
+def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]], asked: list[int]) -> dict:
+    """A conversation that starts with pictures and has a question about one of them and its answer in each turn."""
     messages = []
     for question, answer in questions:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": answer})
     messages[0]["content"][:0] = [{"type": "image", "image": scene.image} for scene in scenes]
-    return {"messages": messages, "scenes": scenes, "hints": draw_hints(choose, scenes), "cues": []}
+    return {"messages": messages, "scenes": scenes, "asked": asked, "hints": draw_hints(choose, scenes), "cues": []}
 
 
 def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
@@ -190,7 +194,8 @@ def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
         (f"In picture {number}: {RECALL}" if len(scenes) > 1 else RECALL, "".join(f" {cue}," for cue, _ in row))
         for (number, _), row in zip(numbered, cues, strict=True)
     ]
-    return {**make_sample(choose, scenes, questions), "cues": cues}
+    asked = [number - 1 for number, _ in numbered]
+    return {**make_sample(choose, scenes, questions, asked), "cues": cues}
 
 
 class Exercises(Dataset):
@@ -203,8 +208,7 @@ class Exercises(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        turns = self.draw(EVALUATION_SEEDS + index)
-        return {"messages": messages_of(turns), "scenes": scenes_of(turns), "hints": [], "cues": []}
+        return sample_of(self.draw(EVALUATION_SEEDS + index))
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
@@ -269,7 +273,8 @@ def whereabouts_of(scenes: list[Scene]) -> list[list[int]]:
 class Collator:
     """
     Pads conversations to a batch. The labels are the assistant's words; for cues, only the tokens that complete them;
-    for hints, additionally the token after each image token. `whereabouts` are those of the image tokens of all rows.
+    for hints, additionally the token after each image token. `whereabouts` (batch, tokens, 3) are indices in each of
+    WHEREABOUTS, or -100; before each token of an answer, only the number of the picture that is asked for.
     """
 
     def __init__(self, processor: Step3VLProcessor):
@@ -285,11 +290,17 @@ class Collator:
             processor_kwargs={"padding": True},
         )
         labels = batch["input_ids"].where(batch.pop("assistant_masks").bool(), -100)
+        whereabouts = torch.full((*labels.shape, len(WHEREABOUTS)), -100)
         token_ids = self.processor.tokenizer.convert_tokens_to_ids
-        for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
+        for sample, ids, row, places in zip(samples, batch["input_ids"], labels, whereabouts, strict=True):
+            learned = row != -100
+            is_start = learned[1:] & ~learned[:-1]
+            numbers = torch.tensor([-100 if number is None else number for number in sample["asked"]])
+            places[:-1, 0] = numbers[is_start.cumsum(0) - 1].where(learned[1:], -100)
+            if sample["scenes"]:
+                places[ids == self.processor.image_token_id] = torch.tensor(whereabouts_of(sample["scenes"]))
             if sample["cues"]:
-                learned = row != -100
-                starts = (learned[1:] & ~learned[:-1]).nonzero().flatten() + 1
+                starts = is_start.nonzero().flatten() + 1
                 row[:] = -100
                 for position, cues in zip(starts.tolist(), sample["cues"], strict=True):
                     for cue, token in cues:
@@ -299,8 +310,7 @@ class Collator:
             if sample["hints"]:
                 image_tokens = (ids == self.processor.image_token_id).nonzero().flatten()
                 row[image_tokens + 1] = torch.tensor(token_ids(sample["hints"]))
-        whereabouts = [entry for sample in samples for entry in whereabouts_of(sample["scenes"])]
-        return {**batch, "labels": labels, "whereabouts": torch.tensor(whereabouts).view(-1, len(WHEREABOUTS))}
+        return {**batch, "labels": labels, "whereabouts": whereabouts}
 
 
 def share_right(predictions: EvalPrediction) -> dict[str, float]:
@@ -337,18 +347,17 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 
 class WhereaboutsTrainer(Trainer):
-    """Adds the loss of the image tokens' whereabouts, as the model's head reads them after the second layer."""
+    """Adds the loss of the whereabouts, as the model's head reads them after the second layer."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         whereabouts = inputs.pop("whereabouts")
         outputs = model(**inputs, output_hidden_states=True)
-        image_tokens = inputs["input_ids"] == model.config.image_token_id
-        early = model.model.language_model.norm(outputs.hidden_states[2][image_tokens])
-        logits, loss = model.lm_head(early), outputs.loss
+        logits, loss = model.lm_head(model.model.language_model.norm(outputs.hidden_states[2])), outputs.loss
         for words, right in zip(WHEREABOUTS, whereabouts.unbind(-1), strict=True):
             ids = self.processing_class.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in words])
             # The sum of none is 0, their mean is not.
-            loss = loss + cross_entropy(logits[:, ids], right, reduction="sum") / max(len(right), 1)
+            total = cross_entropy(logits[..., ids].flatten(0, 1), right.flatten(), reduction="sum")
+            loss = loss + total / (right != -100).sum().clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
 
