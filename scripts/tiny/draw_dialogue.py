@@ -183,7 +183,7 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
         shapes = () if choose.random() < 0.06 else None
         drawn.append(draw_scene(choose.getrandbits(40), choose.choice([None, None, "square"]), shapes))
     difference = None
-    if pictures == 2 and drawn[0].shapes and choose.random() < 0.35:
+    if pictures == 2 and drawn[0].shapes and choose.random() < 0.5:
         drawn[1], difference = differing_scene(choose, drawn[0])
     arrivals = [0] * pictures if choose.random() < 0.5 else sorted(choose.randrange(turns) for _ in range(pictures))
 
@@ -191,7 +191,7 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
     for turn in range(turns):
         new = [scene for scene, arrival in zip(drawn, arrivals, strict=True) if arrival == turn]
         scenes = scenes + new
-        groups = [about_all(choose, scenes, difference if len(scenes) == 2 else None)]
+        groups = [about_all(choose, scenes, difference if len(scenes) == 2 else None)] * (2 if len(scenes) > 1 else 1)
         if scenes:
             groups += [about_one(choose, scenes, previous, len(new))] * 3
         if not new and (questions := referring(choose, scenes, previous)):
@@ -200,6 +200,8 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
         if not new and choose.random() < (0.08 if scenes else 0.5):
             text = choose.choice(list(SMALL_TALK))
             question = Question("small talk", text, SMALL_TALK[text])
+        if question.kind == "different":
+            difference = None  # the answer stands in the conversation now
         parts = list(new)
         if new and choose.random() < 0.15:
             parts.insert(choose.randrange(len(parts)), choose.choice(ANNOUNCEMENTS))
