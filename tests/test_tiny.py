@@ -18,7 +18,7 @@ from describe import TINY
 from draw_dialogue import Turn
 from evaluate_tiny import accuracies, answer_conversations, answer_scenes, fresh_conversations, fresh_scenes
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from step3_vl import Step3VLConfig
@@ -96,6 +96,18 @@ def test_a_numbered_picture_is_answered_as_it_is_alone(tiny, processor):
     answered = answer_conversations(tiny, processor, conversations)
     wrong = [answer for (answer,) in answered if not answer.is_right]
     assert len(wrong) <= 4, [(answer.question, answer.truth, answer.answer) for answer in wrong]
+
+
+def test_a_pipeline_holds_a_conversation():
+    first, second, _ = fresh_scenes(seed=5, count=3)
+    asking = pipeline("image-text-to-text", model=TINY)
+    images = [{"type": "image", "image": scene.image} for scene in (first, second)]
+    questions = ("In picture 2: Describe this picture.", second), ("And the other one?", first)
+    conversation, content = [], images
+    for question, scene in questions:
+        conversation.append({"role": "user", "content": [*content, {"type": "text", "text": question}]})
+        conversation, content = asking(conversation)[0]["generated_text"], []
+        assert conversation[-1] == {"role": "assistant", "content": scene.questions["describe"][1]}
 
 
 BY_REMOTE_CODE = """

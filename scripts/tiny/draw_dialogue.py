@@ -23,8 +23,8 @@ ANNOUNCEMENTS = ("Here is a picture.", "Here is another picture.", "Look at this
 @dataclass(frozen=True)
 class Turn:
     """
-    What the user sends, scenes and texts in order, and the answer. `kind` names the ability that it takes, and
-    `pictures` counts the pictures of the conversation up to here.
+    What the user sends, scenes and texts in order, and the answer. `kind` names the ability that it takes, `pictures`
+    counts the pictures of the conversation up to here, and `asked` is the index of the one that the question names.
     """
 
     content: tuple[Scene | str, ...]
@@ -32,6 +32,7 @@ class Turn:
     question: str
     answer: str
     pictures: int
+    asked: int | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
         shapes = () if choose.random() < 0.06 else None
         drawn.append(draw_scene(choose.getrandbits(40), choose.choice([None, None, "square"]), shapes))
     difference = None
-    if pictures == 2 and drawn[0].shapes and choose.random() < 0.35:
+    if pictures == 2 and drawn[0].shapes and choose.random() < 0.5:
         drawn[1], difference = differing_scene(choose, drawn[0])
     arrivals = [0] * pictures if choose.random() < 0.5 else sorted(choose.randrange(turns) for _ in range(pictures))
 
@@ -190,7 +191,7 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
     for turn in range(turns):
         new = [scene for scene, arrival in zip(drawn, arrivals, strict=True) if arrival == turn]
         scenes = scenes + new
-        groups = [about_all(choose, scenes, difference if len(scenes) == 2 else None)]
+        groups = [about_all(choose, scenes, difference if len(scenes) == 2 else None)] * (2 if len(scenes) > 1 else 1)
         if scenes:
             groups += [about_one(choose, scenes, previous, len(new))] * 3
         if not new and (questions := referring(choose, scenes, previous)):
@@ -199,12 +200,15 @@ def draw_dialogue(seed: int, pictures: int | None = None, turns: int | None = No
         if not new and choose.random() < (0.08 if scenes else 0.5):
             text = choose.choice(list(SMALL_TALK))
             question = Question("small talk", text, SMALL_TALK[text])
+        if question.kind == "different":
+            difference = None  # the answer stands in the conversation now
         parts = list(new)
         if new and choose.random() < 0.15:
             parts.insert(choose.randrange(len(parts)), choose.choice(ANNOUNCEMENTS))
         at = choose.choices((len(parts), 0, choose.randint(0, len(parts))), weights=(5, 2, 3))[0]
         parts.insert(at, question.text)
-        result.append(Turn(tuple(parts), question.kind, question.text, question.answer, len(scenes)))
+        asked = None if question.kind == "which" else question.picture
+        result.append(Turn(tuple(parts), question.kind, question.text, question.answer, len(scenes), asked))
         previous = question
     return result
 
@@ -213,7 +217,7 @@ def draw_question(seed: int) -> list[Turn]:
     """One of the questions about one scene, as a conversation."""
     scene = draw_scene(seed)
     kind, (text, answer) = random.Random(seed).choice(list(scene.questions.items()))
-    return [Turn((scene, text), kind, text, answer, 1)]
+    return [Turn((scene, text), kind, text, answer, 1, 0)]
 
 
 def messages_of(turns: list[Turn]) -> list[dict]:

@@ -5,8 +5,8 @@ python scripts/tiny/train_tiny.py DIRECTORY --quick
 python scripts/tiny/train_tiny.py DIRECTORY --start SHALLOWER --steps 1500
 
 Besides answers, the model learns to name what each image token shows (hints), to complete words about a scene (cues),
-and to know from its second layer on in which picture an image token is. With answers alone it would learn many times
-more slowly, or not at all.
+and to know from its second layer on in which picture and where an image token is, and which picture a question is about
+(whereabouts). With answers alone it would learn many times more slowly, or not at all.
 """
 
 import argparse
@@ -76,7 +76,15 @@ MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
 # Seeds that training does not use.
 EVALUATION_SEEDS = 10**9
-STEPS = 16_000
+STEPS = 12_000
+# The first steps are about single scenes, of which a step takes half the time.
+SCENES_ALONE = 2000
+# The whereabouts of an image token: its picture's number, and the row and column of its cell, as words.
+WHEREABOUTS = (
+    tuple(str(number) for number in range(1, MAX_PICTURES + 1)),
+    ("top", "centre", "bottom"),
+    ("left", "centre", "right"),
+)
 ABILITIES = {
     "scenes": draw_question,
     "two_pictures": partial(draw_dialogue, pictures=2, turns=1),
@@ -122,10 +130,13 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 
 class Lessons(Dataset):
-    """Conversations by seed, a quarter about a single scene. Each image token has a hint: a word for what it shows."""
+    """
+    Conversations by seed: at first `num_scenes` about a single scene, then a quarter. Each image token has a hint: a
+    word for what it shows.
+    """
 
-    def __init__(self, first_seed: int, length: int):
-        self.first_seed, self.length = first_seed, length
+    def __init__(self, first_seed: int, length: int, num_scenes: int = 0):
+        self.first_seed, self.length, self.num_scenes = first_seed, length, num_scenes
 
     def __len__(self) -> int:
         return self.length
@@ -133,11 +144,12 @@ class Lessons(Dataset):
     def __getitem__(self, index: int) -> dict:
         seed = self.first_seed + index
         choose = random.Random(seed)
-        task = choose.choices(("scene", "recall", "talk"), weights=(1, 1, 2))[0]
+        task = (
+            choose.choices(("scene", "recall", "talk"), weights=(1, 1, 2))[0] if index >= self.num_scenes else "scene"
+        )
         if task == "talk":
             turns = draw_dialogue(seed, turns=choose.randint(1, MAX_QUESTIONS))
-            scenes = [part for turn in turns for part in turn.content if isinstance(part, Scene)]
-            return {"messages": messages_of(turns), "hints": draw_hints(choose, scenes), "cues": []}
+            return {**sample_of(turns), "hints": draw_hints(choose, scenes_of(turns))}
         if task == "recall":
             scenes = [draw_scene(choose.getrandbits(40)) for _ in range(choose.choice((2, 2, 3)))]
             return draw_recall(choose, scenes)
@@ -152,17 +164,26 @@ class Lessons(Dataset):
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
             choose.shuffle(questions)
-        return make_sample(choose, [scene], questions[:MAX_QUESTIONS])
+        return make_sample(choose, [scene], questions[:MAX_QUESTIONS], [0] * MAX_QUESTIONS)
 
 
-def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]]) -> dict:
-    """A conversation that starts with pictures and has a question and its answer in each turn."""
+def scenes_of(turns: list[Turn]) -> list[Scene]:
+    return [part for turn in turns for part in turn.content if isinstance(part, Scene)]
+
+
+def sample_of(turns: list[Turn]) -> dict:
+    asked = [turn.asked for turn in turns]
+    return {"messages": messages_of(turns), "scenes": scenes_of(turns), "asked": asked, "hints": [], "cues": []}
+
+
+def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]], asked: list[int]) -> dict:
+    """A conversation that starts with pictures and has a question about one of them and its answer in each turn."""
     messages = []
     for question, answer in questions:
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": answer})
     messages[0]["content"][:0] = [{"type": "image", "image": scene.image} for scene in scenes]
-    return {"messages": messages, "hints": draw_hints(choose, scenes), "cues": []}
+    return {"messages": messages, "scenes": scenes, "asked": asked, "hints": draw_hints(choose, scenes), "cues": []}
 
 
 def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
@@ -173,7 +194,8 @@ def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
         (f"In picture {number}: {RECALL}" if len(scenes) > 1 else RECALL, "".join(f" {cue}," for cue, _ in row))
         for (number, _), row in zip(numbered, cues, strict=True)
     ]
-    return {**make_sample(choose, scenes, questions), "cues": cues}
+    asked = [number - 1 for number, _ in numbered]
+    return {**make_sample(choose, scenes, questions, asked), "cues": cues}
 
 
 class Exercises(Dataset):
@@ -186,7 +208,7 @@ class Exercises(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        return {"messages": messages_of(self.draw(EVALUATION_SEEDS + index)), "hints": [], "cues": []}
+        return sample_of(self.draw(EVALUATION_SEEDS + index))
 
 
 def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
@@ -215,16 +237,20 @@ def draw_cues(choose: random.Random, scene: Scene) -> list[tuple[str, str]]:
     return cues
 
 
+def cells_of(scene: Scene) -> list[str]:
+    """The place that each image token of a scene shows."""
+    rows = LAYOUTS[scene.layout][1]
+    # The patches of elongated pictures show one cell each in 2 x 2 tokens. Global views have 3 x 3 tokens.
+    patches = [place for row in rows for place in row for _ in range(4)] if scene.layout != "square" else []
+    return patches + [place for row in rows * (3 // len(rows)) for place in row for _ in range(3 // len(row))]
+
+
 def draw_hints(choose: random.Random, scenes: list[Scene]) -> list[str]:
     """For each image token, the token of a random word about the shape in its cell."""
     hints = []
     for scene in scenes:
         by_place = {shape.place: shape for shape in scene.shapes}
-        rows = [[by_place.get(place) for place in row] for row in LAYOUTS[scene.layout][1]]
-        # The patches of elongated pictures show one cell each in 2 x 2 tokens. Global views have 3 x 3 tokens.
-        cells = [shape for row in rows for shape in row for _ in range(4)] if scene.layout != "square" else []
-        cells += [shape for row in rows * (3 // len(rows)) for shape in row for _ in range(3 // len(row))]
-        for shape in cells:
+        for shape in map(by_place.get, cells_of(scene)):
             if shape is None:
                 hints.append("Nothing")
             else:
@@ -234,11 +260,21 @@ def draw_hints(choose: random.Random, scenes: list[Scene]) -> list[str]:
     return hints
 
 
+def whereabouts_of(scenes: list[Scene]) -> list[list[int]]:
+    """For each image token, the index of the right word in each of WHEREABOUTS."""
+    _, rows, columns = WHEREABOUTS
+    return [
+        [number, *(next((i for i in (0, 2) if words[i] in place), 1) for words in (rows, columns))]
+        for number, scene in enumerate(scenes)
+        for place in cells_of(scene)
+    ]
+
+
 class Collator:
     """
     Pads conversations to a batch. The labels are the assistant's words; for cues, only the tokens that complete them;
-    for hints, additionally the token after each image token. `numbers` are the tokens of the numbers of the pictures,
-    at their image tokens, and -100 elsewhere.
+    for hints, additionally the token after each image token. `whereabouts` (batch, tokens, 3) are indices in each of
+    WHEREABOUTS, or -100; before each token of an answer, only the number of the picture that is asked for.
     """
 
     def __init__(self, processor: Step3VLProcessor):
@@ -254,11 +290,17 @@ class Collator:
             processor_kwargs={"padding": True},
         )
         labels = batch["input_ids"].where(batch.pop("assistant_masks").bool(), -100)
+        whereabouts = torch.full((*labels.shape, len(WHEREABOUTS)), -100)
         token_ids = self.processor.tokenizer.convert_tokens_to_ids
-        for sample, ids, row in zip(samples, batch["input_ids"], labels, strict=True):
+        for sample, ids, row, places in zip(samples, batch["input_ids"], labels, whereabouts, strict=True):
+            learned = row != -100
+            is_start = learned[1:] & ~learned[:-1]
+            numbers = torch.tensor([-100 if number is None else number for number in sample["asked"]])
+            places[:-1, 0] = numbers[is_start.cumsum(0) - 1].where(learned[1:], -100)
+            if sample["scenes"]:
+                places[ids == self.processor.image_token_id] = torch.tensor(whereabouts_of(sample["scenes"]))
             if sample["cues"]:
-                learned = row != -100
-                starts = (learned[1:] & ~learned[:-1]).nonzero().flatten() + 1
+                starts = is_start.nonzero().flatten() + 1
                 row[:] = -100
                 for position, cues in zip(starts.tolist(), sample["cues"], strict=True):
                     for cue, token in cues:
@@ -268,10 +310,7 @@ class Collator:
             if sample["hints"]:
                 image_tokens = (ids == self.processor.image_token_id).nonzero().flatten()
                 row[image_tokens + 1] = torch.tensor(token_ids(sample["hints"]))
-        ids = batch["input_ids"]
-        counts = (ids == token_ids("<im_end>")).cumsum(-1)
-        numbers = torch.tensor(token_ids([f"Ġ{number}" for number in range(1, MAX_PICTURES + 2)]))[counts]
-        return {**batch, "labels": labels, "numbers": numbers.where(ids == self.processor.image_token_id, -100)}
+        return {**batch, "labels": labels, "whereabouts": whereabouts}
 
 
 def share_right(predictions: EvalPrediction) -> dict[str, float]:
@@ -307,14 +346,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
-class NumberingTrainer(Trainer):
-    """Adds the loss of the pictures' numbers, as the model's head reads them after the second layer."""
+class WhereaboutsTrainer(Trainer):
+    """Adds the loss of the whereabouts, as the model's head reads them after the second layer."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        numbers = inputs.pop("numbers")
+        whereabouts = inputs.pop("whereabouts")
         outputs = model(**inputs, output_hidden_states=True)
-        early = model.model.language_model.norm(outputs.hidden_states[2])
-        loss = outputs.loss + cross_entropy(model.lm_head(early).flatten(0, 1), numbers.flatten())
+        logits, loss = model.lm_head(model.model.language_model.norm(outputs.hidden_states[2])), outputs.loss
+        for words, right in zip(WHEREABOUTS, whereabouts.unbind(-1), strict=True):
+            ids = self.processing_class.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in words])
+            # The sum of none is 0, their mean is not.
+            total = cross_entropy(logits[..., ids].flatten(0, 1), right.flatten(), reduction="sum")
+            loss = loss + total / (right != -100).sum().clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -411,12 +454,15 @@ def train(
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
     )
-    trainer = NumberingTrainer(
+    trainer = WhereaboutsTrainer(
         model,
         arguments,
-        train_dataset=Lessons(seed * 10**7, steps * batch_size),
+        train_dataset=Lessons(
+            seed * 10**7, steps * batch_size, 0 if start else steps * batch_size * SCENES_ALONE // STEPS
+        ),
         eval_dataset={name: Exercises(draw, 100 if steps > 1000 else 8) for name, draw in ABILITIES.items()},
         data_collator=Collator(processor),
+        processing_class=processor,
         compute_metrics=share_right,
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[1].argmax(-1),  # the auxiliary loss is first
         optimizers=(MuonAndAdamW(model), None),
