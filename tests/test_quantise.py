@@ -1,5 +1,6 @@
 """`step3 quantise` and what it writes: as right as the model, loaded, trained on, merged, and turned back."""
 
+import re
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ pytest.importorskip("compressed_tensors")
 pytest.importorskip("bitsandbytes")
 import quantise
 from quantise import main
-from rounding import apply_gptq, make_settings, read_form
+from rounding import BLOCK, apply_gptq, make_settings, read_form
 
 
 IDS = torch.arange(1, 41)[None]
@@ -117,15 +118,16 @@ def test_rounding_follows_the_inputs():
     torch.manual_seed(0)
     form = read_form(make_settings(Namespace(format="w4a16", group_size=32, zero_points=False, vision=False)))
     common = torch.randn(4096, 8)
-    inputs = common @ torch.randn(8, 64) + 0.1 * torch.randn(4096, 64)
-    weight = torch.randn(32, 64)
+    columns = 2 * BLOCK + 32
+    inputs = common @ torch.randn(8, columns) + 0.1 * torch.randn(4096, columns)
+    weight = torch.randn(32, columns)
 
     def loss(rounded: torch.Tensor) -> float:
         return float((inputs @ (rounded - weight).T).square().mean())
 
     nearest = form.round(weight, *form.choose_scales(weight))
     gptq, scale, zero_point = apply_gptq(form, weight, inputs.T @ inputs)
-    assert loss(gptq) < loss(nearest) / 4
+    assert loss(gptq) < loss(nearest) / 10
     assert torch.equal(form.round(gptq, scale, zero_point), gptq)
 
 
@@ -137,6 +139,9 @@ def test_smoothing_alone_changes_nothing(tmp_path, data, whole):
     for norm in ("input_layernorm", "self_attn.inter_norm", "post_attention_layernorm"):
         name = f"model.layers.1.{norm}.weight"
         assert not torch.equal(after[name], before[name].bfloat16())
+    router = "model.layers.1.moe.gate.weight"
+    products = [weights[router].float() * weights[name].float() for weights in (before, after)]  # as tokens meet them
+    torch.testing.assert_close(*products, rtol=2**-6, atol=1e-6)
     dense = CompressedTensorsConfig(dequantize=True)
     model = AutoModelForImageTextToText.from_pretrained(output, quantization_config=dense)
     assert divergence(whole, model) < 0.01
@@ -162,11 +167,28 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, data, written
 
 
 def test_rarely_chosen_experts_are_named_and_calibrated(tmp_path, data, capsys):
-    options = ["--format", "w4a16", "--group-size", "32", "--method", "gptq", "--calibrate", str(data)]
-    assert main([str(TINY), str(tmp_path / "model"), *options, "--samples", "1", "--min-tokens", "100000"]) == 0
+    options = [
+        "--format",
+        "w4a16",
+        "--group-size",
+        "32",
+        "--method",
+        "gptq",
+        "--calibrate",
+        str(data),
+        "--samples",
+        "1",
+    ]
+    packed = []
+    for count in ("1", "100000"):
+        assert main([str(TINY), str(tmp_path / count), *options, "--min-tokens", count]) == 0
+        packed.append(weights_in(tmp_path / count))
     text = AutoModelForImageTextToText.from_pretrained(TINY).config.text_config
-    rare = [line for line in capsys.readouterr().out.splitlines() if "calibrated on the nearest" in line]
+    rare = [line for line in capsys.readouterr().out.splitlines() if "the nearest 100000 tokens" in line]
     assert len(rare) == len(text.moe_layers) and str(list(range(text.moe_num_experts))) in rare[0]
+    for name in packed[0]:
+        if re.search(rf"layers\.{text.moe_layers[0]}\..*experts.*packed", name):
+            assert not torch.equal(packed[0][name], packed[1][name]), name
 
 
 @pytest.mark.parametrize(
