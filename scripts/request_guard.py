@@ -20,8 +20,7 @@ from huggingface_hub.utils import httpx
 from openai.types import chat
 from openai.types.chat.completion_create_params import ResponseFormat
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, Json, PlainSerializer, ValidationError, WrapValidator
-from pydantic import model_validator as checks
+from pydantic import BaseModel, Field, Json, PlainSerializer, ValidationError, WrapValidator, model_validator
 from starlette.exceptions import HTTPException
 
 
@@ -43,8 +42,8 @@ Image.init()  # registers all formats
 MIN_SIDE, MAX_PADDED_RATIO = 32, 4
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+class Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
+    """Has the fields below alone, with their types."""
 
 
 Part = Annotated[
@@ -87,7 +86,7 @@ class Message(Strict):
     function_call: None = Field(None, exclude=True)
     annotations: Any = Field(None, exclude=True)
 
-    @checks(mode="after")
+    @model_validator(mode="after")
     def check_content(self):
         others = self.tool_calls or self.reasoning_content or self.reasoning
         if self.content is None and not (self.role == "assistant" and others):
@@ -139,7 +138,7 @@ class Completion(Sampling):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
 
-    @checks(mode="after")
+    @model_validator(mode="after")
     def check_number(self):
         is_list = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         if is_list and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
