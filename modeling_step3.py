@@ -1017,9 +1017,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
 
     def encode(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
-        """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows. Their
-        features are its `pooler_output` (images, image tokens, hidden_size). Without images, the encoder runs all the
-        same, as processes that split its weights need."""
+        """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows, or all
+        in an exported program. Their features are its `pooler_output` (images, image tokens, hidden_size). Without
+        images, the encoder runs all the same, as processes that split its weights need."""
         vision_config, num_images = self.config.vision_config, pixel_values.shape[0]
         check_pictures(vision_config, pixel_values)
         if num_images == 0:
@@ -1027,7 +1027,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
         num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
-        parts = pixel_values.split(max(max_bytes // num_bytes, 1))
+        is_exported = torch.compiler.is_exporting()  # as a program that does not know the number of images
+        parts = (pixel_values,) if is_exported else pixel_values.split(max(max_bytes // num_bytes, 1))
         outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
 
         def merge(values: list):
@@ -1079,16 +1080,19 @@ class Step3VLModel(Step3VLPreTrainedModel):
         features, rows = output.pooler_output.flatten(0, 1), num_tokens
         if patch_pixel_values is not None:
             patch_features = self.encode(patch_pixel_values).pooler_output
-            # Each picture's patches precede its global view. Sort on the device, for any counts.
-            images = torch.arange(num_images, device=num_patches.device)
-            image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
-            places = [
-                (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
-                (2 * images + 1).repeat_interleave(num_tokens),
-            ]
-            features = torch.cat([patch_features.flatten(0, 1), features])
-            features = features[torch.cat(places).argsort(stable=True)]
-            rows = num_patches * patch_features.shape[1] + num_tokens
+            # Each picture's patches precede its global view. Every feature's row is computed on the device, for any
+            # counts, and with operations that ONNX has.
+            num_patch_tokens = patch_features.shape[1]
+            patches, images = (torch.arange(n, device=num_patches.device) for n in (patches_given, num_images))
+            patches_until = num_patches.cumsum(0)
+            image_of_patch = (patches[:, None] >= patches_until).sum(1)
+            first_rows = (
+                (patches * num_patch_tokens + image_of_patch * num_tokens, num_patch_tokens),
+                (patches_until * num_patch_tokens + images * num_tokens, num_tokens),
+            )
+            places = [(first[:, None] + torch.arange(n, device=first.device)).flatten() for first, n in first_rows]
+            features = torch.cat([patch_features.flatten(0, 1), features])[torch.cat(places).argsort()]
+            rows = num_patches * num_patch_tokens + num_tokens
         if torch.compiler.is_compiling() or num_images == 0:  # the number of rows per picture is unknown
             output.pooler_output = (features,)
         else:

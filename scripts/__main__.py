@@ -22,6 +22,7 @@ COMMANDS = {
     "push": ("push_to_hub", None),
     "experts": ("experts", None),
     "export": ("export_onnx", "export"),
+    "onnx": ("run_onnx", "export"),
 }
 
 
