@@ -21,6 +21,7 @@ COMMANDS = {
     "app": ("app", "app"),
     "push": ("push_to_hub", None),
     "experts": ("experts", None),
+    "quantise": ("quantise", "quantize"),
     "export": ("export_onnx", "export"),
     "onnx": ("run_onnx", "export"),
 }

@@ -16,7 +16,7 @@ import hashlib
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -395,15 +395,14 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
-def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
+def write_whole(target: Path, run: dict, write: Callable[[Path], None]) -> None:
     """
-    Writes `plan` to `target`, which appears only when it is complete. Until then the files are in `TARGET.partial`,
-    where the same call resumes. Raises a `CheckpointError` if `target` exists, or another run is writing it or has
-    stopped.
+    Has `write` fill a directory, and renames it to `target` when it is complete. Until then it is
+    `TARGET.partial/package`, which the same call, with the same `run`, hands to `write` again. Raises a
+    `CheckpointError` if `target` exists, or another run is writing it or has stopped.
     """
     partial = partial_of(target)
     package, run_file = partial / "package", partial / "run.json"
-    run = fingerprint(checkpoint, options)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(exist_ok=True)
     with (partial / "lock").open("w") as lock:
@@ -421,16 +420,27 @@ def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how
             write_json(run_file, run)
         if not target.exists():  # otherwise the run was stopped while it removed `partial`
             package.mkdir(exist_ok=True)
-            for unfinished in package.glob(".*"):  # left by a run that was killed
+            for unfinished in [*package.glob(".*"), *partial.glob(".*")]:  # left by a run that was killed
                 shutil.rmtree(unfinished)
             try:
-                write_package(checkpoint, plan, package, how, verify)
+                write(package)
             except CheckpointError:  # resuming would fail in the same way
                 shutil.rmtree(partial)
                 raise
+            for path in [*package.iterdir(), package]:
+                sync(path)
             package.rename(target)
             sync(target.parent)
         shutil.rmtree(partial)
+
+
+def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
+    """Writes `plan` to `target`, as `write_whole` does."""
+    write_whole(
+        target,
+        fingerprint(checkpoint, options),
+        lambda package: write_package(checkpoint, plan, package, how, verify),
+    )
 
 
 def total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
@@ -458,8 +468,6 @@ def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, v
         write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
     if verify:
         write_checksums(plan, package)
-    for path in [*package.iterdir(), package]:
-        sync(path)
 
 
 def has_same_bits(tensor, other) -> bool:
