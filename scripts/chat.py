@@ -18,7 +18,15 @@ import torch
 from describe import TINY, Server, add_model_options, load, open_picture
 from jinja2 import TemplateError
 from PIL import Image
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextStreamer, logging
+from transformers import (
+    BatchFeature,
+    DynamicCache,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    logging,
+)
 
 from step3_vl import Step3VLProcessor
 
@@ -52,10 +60,7 @@ class Interrupt(StoppingCriteria):
 
 
 class LocalModel:
-    """
-    Answers with a loaded model. The cache is kept: of a conversation that goes on, only the new turn is computed, and,
-    if it has images, also the vision features of earlier ones.
-    """
+    """Answers with a loaded model. The cache is kept: of a conversation that goes on, only the new turn is computed."""
 
     def __init__(self, model: PreTrainedModel, processor: Step3VLProcessor):
         self.model, self.processor = model, processor
@@ -81,7 +86,7 @@ class LocalModel:
         streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         with Interrupt() as interrupt:
-            self.crop_cache(prompt, messages)
+            self.leave_out_cached(inputs, prompt, messages)
             output = self.model.generate(
                 **inputs.to(self.model.device),
                 cache=self.cache,
@@ -93,10 +98,10 @@ class LocalModel:
             self.messages, self.ids = messages, output[0, : self.cache.get_seq_length()].tolist()
         return {"content": "", **self.processor.parse_response(output[0, len(prompt) :], prefix=prompt)}
 
-    def crop_cache(self, prompt: list[int], messages: list[dict]) -> None:
+    def leave_out_cached(self, inputs: BatchFeature, prompt: list[int], messages: list[dict]) -> None:
         """
         Cuts the cache back to the tokens that it has in common with the prompt, which may be fewer because the chat
-        template drops earlier reasoning.
+        template drops earlier reasoning. Removes the images of these tokens from `inputs`.
         """
         # Another conversation may have the same tokens for other images. The lengths differ if a forward pass ended in
         # an error.
@@ -106,6 +111,14 @@ class LocalModel:
         pairs = zip(self.ids, prompt[:-1], strict=False)
         num_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
         self.cache.crop(num_same - len(self.ids))
+        if "num_patches" in inputs:
+            image_processor, num_patches = self.processor.image_processor, inputs["num_patches"]
+            num_tokens = num_patches * image_processor.num_patch_tokens + image_processor.num_image_tokens
+            num_cached = int((num_tokens.cumsum(0) <= prompt[:num_same].count(self.processor.image_token_id)).sum())
+            inputs["pixel_values"] = inputs["pixel_values"][num_cached:]
+            inputs["num_patches"] = num_patches[num_cached:]
+            if "patch_pixel_values" in inputs:
+                inputs["patch_pixel_values"] = inputs["patch_pixel_values"][num_patches[:num_cached].sum() :]
 
 
 class RemoteModel(Server):

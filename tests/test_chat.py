@@ -86,7 +86,7 @@ class Whole:
 
 
 @pytest.mark.releases
-def test_answers_are_those_of_the_whole_prompt_and_no_token_is_computed_twice(say, scenes, computed):
+def test_answers_are_those_of_the_whole_prompt_and_nothing_is_computed_twice(say, scenes, computed):
     lines = ["/image 0.png", *QUESTIONS, "word " * 3000, "/image 1.png", "/image none.png", "/image text.png"]
     lines += ["/picture 2.png", "<im_patch>", "/image 2.png", QUESTIONS[0], "", QUESTIONS[1]]
     answers, complaints = say(*lines)
@@ -96,10 +96,9 @@ def test_answers_are_those_of_the_whole_prompt_and_no_token_is_computed_twice(sa
     assert answers == expected
     words = ("2048 positions", "none.png", "text.png", "/picture", "<im_patch>")
     assert len(complaints) == len(words) and all(map(str.__contains__, complaints, words)), complaints
-    first, *others = 1 + whole.processor.image_processor(scenes)["num_patches"]
+    num_patches = whole.processor.image_processor(scenes)["num_patches"]
     num_tokens = whole.num_tokens - 1  # the last token need not be computed
-    # The first picture is encoded once more when others come.
-    assert counts == {"tokens": num_tokens, "images": first + first + sum(others)}
+    assert counts == {"tokens": num_tokens, "images": len(scenes) + sum(num_patches)}
     other = other.ask(QUESTIONS[0], scenes[1])
     assert other != expected[0], "the images have different answers"
     assert say("/image 0.png", QUESTIONS[0], "/reset", "/image 1.png", QUESTIONS[0])[0] == [expected[0], other]
