@@ -37,7 +37,7 @@ import uvicorn
 from conftest import ROOT, VLLM_HOME, needs_vllm, run
 from describe import TINY
 from draw_scene import draw_scene
-from evaluate_tiny import fresh_scenes
+from evaluate_tiny import answer_conversations, fresh_conversations, fresh_scenes
 from gateway import Gateway, web_server
 from make_random_model import make_random_model, make_tokenizer
 from request_guard import MAX_BODY, Pictures
@@ -265,6 +265,24 @@ def test_several_pictures_and_turns_reach_the_model(server):
     wanted = AutoProcessor.from_pretrained(TINY).apply_chat_template(given, **options)
     answer = server.create(messages=turns(lambda image: picture(as_url(image))), max_tokens=4)
     assert answer.usage.prompt_tokens == len(wanted["input_ids"][0])
+
+
+@each_engine
+def test_conversations_are_answered_as_generate_does(server):
+    """About two pictures or more, which come at any turn."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    conversations = [turns for turns in fresh_conversations(17, 30) if turns[-1].pictures > 1][:8]
+    for turns, answers in zip(conversations, answer_conversations(model, processor, conversations)):
+        messages = []
+        for turn, expected in zip(turns, answers):
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else picture(as_url(part.image))
+                for part in turn.content
+            ]
+            messages.append({"role": "user", "content": content})
+            answer = server.create(messages=messages, max_tokens=64).choices[0].message.content
+            assert answer == expected.answer
+            messages.append({"role": "assistant", "content": answer})
 
 
 @each_engine
