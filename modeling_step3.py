@@ -19,7 +19,12 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import ACT2FN, QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    MoeExpertsParallel,
+    TensorParallelLayer,
+)
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -48,7 +53,6 @@ from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixi
 
 
 if is_torch_distributed_available():
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
 if TYPE_CHECKING:  # makes `custom_object_save` copy processing_step3.py
@@ -1519,40 +1523,27 @@ def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
-    """Returns the tensor, which every rank holds, and sums its gradients over the ranks."""
-    if not tensor.requires_grad:
-        return tensor
-    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
     """Tensor-parallel style of the projection to the single key/value head. Each rank holds it whole and attends to it
-    with its own query heads only."""
+    with its own query heads only, so gradients are summed over the ranks."""
 
     def transform_output_post_forward(self, module, output, mesh):
-        return _sum_gradients(output, mesh)
+        if not output.requires_grad:
+            return output
+        return DTensor.from_local(output, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-class SplitExpertsParallel(TensorParallelLayer):
+class SplitExpertsParallel(MoeExpertsParallel):
     """Tensor-parallel style of the experts. Each rank holds some whole experts and runs them on all tokens, and the
     outputs are summed. Use with `grouped_gemm` for the weights."""
 
-    def should_use_local_tensors(self, module):
-        return True
-
-    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-        hidden_states, top_k_index, top_k_weights = args
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh, **options):
+        inputs, kwargs = super().transform_inputs_pre_forward(module, args, kwargs, mesh, **options)
+        hidden_states, top_k_index, top_k_weights = inputs
         top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
         elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
         top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
-        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
-        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
-
-    def transform_output_post_forward(self, module, output, mesh):
-        return (
-            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
-        )
+        return (hidden_states, top_k_index, top_k_weights.masked_fill(elsewhere, 0.0)), kwargs
 
 
 ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
