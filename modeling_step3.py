@@ -692,7 +692,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
     """The text decoder without a language-model head."""
 
     config: Step3TextConfig
-    config_class = Step3TextConfig
     input_modalities = ("text",)
     # A whole model's directory contains these besides the decoder's weights.
     keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\.")
@@ -926,7 +925,6 @@ class Step3VisionModel(Step3VLPreTrainedModel):
     """Vision encoder. Returns one row per patch, without a final norm."""
 
     config: Step3VisionEncoderConfig
-    config_class = Step3VisionEncoderConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
@@ -994,7 +992,6 @@ class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
 class Step3VLModel(Step3VLPreTrainedModel):
     """Vision encoder, projector to image features, and text decoder, without a language-model head."""
 
-    config_class = Step3VLConfig
     keys_of_other_parts = (r"^lm_head\.",)
     # Maximum output of an encoder MLP, in bytes: on a CPU, so that it stays in cache; on a GPU, to limit memory (50
     # patches of the released size in bfloat16).
@@ -1298,7 +1295,6 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
     """Text decoder with a language-model head, for text-only checkpoints or the text part of a whole one."""
 
     config: Step3TextConfig
-    config_class = Step3TextConfig
     input_modalities = ("text",)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_")
@@ -1358,7 +1354,6 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
     """The whole model: generates text from text and images. [`Step3VLProcessor`] makes its inputs."""
 
-    config_class = Step3VLConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Step3VLConfig):
