@@ -1230,15 +1230,6 @@ class Step3LanguageModelHead:
         if "validate_param" in vars(ColwiseParallel) and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
-    def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept).
-        Booleans select as a mask."""
-        if positions.ndim < 2:
-            return hidden_states[:, positions]
-        if positions.dtype == torch.bool:
-            return hidden_states[positions]
-        return hidden_states[torch.arange(len(positions), device=positions.device)[:, None], positions]
-
     def head_outputs(
         self,
         outputs: MoeModelOutputWithPast,
@@ -1251,10 +1242,15 @@ class Step3LanguageModelHead:
         """Computes the logits at `logits_to_keep` and the losses, and adds the fields of the decoder's `outputs`."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
-        if logits_to_keep is None or isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        else:
-            hidden_states = self.select_positions(hidden_states, logits_to_keep)
+        if isinstance(logits_to_keep, torch.Tensor):
+            if logits_to_keep.ndim < 2:
+                logits_to_keep = slice(None), logits_to_keep
+            elif logits_to_keep.dtype != torch.bool:
+                rows = torch.arange(len(logits_to_keep), device=logits_to_keep.device)
+                logits_to_keep = rows[:, None], logits_to_keep
+            hidden_states = hidden_states[logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
         logits = apply_head(self.lm_head, hidden_states)
 
         loss = None
@@ -1328,7 +1324,8 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
             output_router_logits (`bool`, *optional*):
                 Whether to return router logits and the load-balancing loss, and add the latter to the loss.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                Number of last positions to compute logits for (0 for all), or a tensor that selects positions.
+                Number of last positions to compute logits for (0 for all), or a tensor that selects positions: indices
+                of shape `(tokens kept,)`, the same for all rows, or `(batch, tokens kept)`, or a mask.
 
         The other arguments are those of [`Step3TextModel`].
         """
