@@ -1236,7 +1236,6 @@ class Step3LanguageModelHead:
         labels: torch.LongTensor | None,
         logits_to_keep: int | torch.Tensor,
         attention_mask: torch.Tensor | None,
-        output_router_logits: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
         """Computes the logits at `logits_to_keep` and the losses, and adds the fields of the decoder's `outputs`."""
@@ -1261,7 +1260,7 @@ class Step3LanguageModelHead:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None
-        if output_router_logits and outputs.router_logits:
+        if outputs.router_logits:
             token_mask = None
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
@@ -1301,7 +1300,6 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @merge_with_config_defaults
     @can_return_tuple
     def forward(
         self,
@@ -1343,9 +1341,7 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
             return_dict=True,
             **kwargs,
         )
-        return MoeCausalLMOutputWithPast(
-            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
-        )
+        return MoeCausalLMOutputWithPast(**self.head_outputs(outputs, labels, logits_to_keep, attention_mask, **kwargs))
 
 
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
@@ -1404,7 +1400,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             **kwargs,
         )
         return Step3VLCausalLMOutputWithPast(
-            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
+            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
         )
