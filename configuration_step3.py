@@ -125,7 +125,6 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     initializer_range: float = nonnegative(default=0.02)
 
     def validate_architecture(self):
-        """Checks that `patch_size` divides `image_size`."""
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`patch_size` must divide `image_size`, got patches of {self.patch_size} px in {self.image_size} px."
@@ -301,7 +300,6 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
 
     def validate_architecture(self):
-        """Checks the numbers of attention heads, and the indices of MoE layers."""
         if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
                 "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
@@ -341,16 +339,6 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, is out of range or contradicts
         another.
-
-    Example:
-
-    ```python
-    >>> from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
-
-    >>> config = Step3VLConfig()  # the released 321 B model
-    >>> config.text_config.num_experts
-    48
-    ```
     """
 
     model_type = "step3_vl"
@@ -392,7 +380,6 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def validate_architecture(self):
-        """Checks that `image_token_id` is in the vocabulary."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "
