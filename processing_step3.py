@@ -201,11 +201,7 @@ class PicturePlan:
     @property
     def newline_mask(self) -> list[bool]:
         """Whether a newline token follows each patch: after the last patch of every row but the last row."""
-        return [
-            column == self.columns - 1 and row < self.rows - 1
-            for row in range(self.rows)
-            for column in range(self.columns)
-        ]
+        return ([False] * (self.columns - 1) + [True]) * (self.rows - 1) + [False] * self.columns
 
 
 def plan_picture(
