@@ -324,8 +324,8 @@ class Step3Checkpoint:
         self.register_load_state_dict_post_hook(refuse_other_adapters)  # PEFT's way of loading adapters
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """As for any model. `"linear"` and `"mapped"` can only be chosen when a model is loaded: raises a `ValueError` if
-        an existing model would have to change to or from one of these."""
+        """As for any model. `"linear"` and `"mapped"` can only be chosen when a model is loaded. Raises a `ValueError`
+        if an existing model would have to change to or from one of these."""
         form = requested_experts if requested_experts in ("linear", "mapped") else None
         is_built = any(hasattr(module, "experts") for module in self.modules())
         if is_built and form != experts_form(self):
