@@ -40,6 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -535,18 +536,12 @@ ALL_EXPERTS_FUNCTIONS.register("step3", step3_experts_forward)
 ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
-@use_experts_implementation
-class Step3TextExperts(nn.Module):
+@use_experts_implementation  # again, as transformers searches the source of this module for it
+class Step3TextExperts(Qwen3MoeExperts):
     """Routed experts: gated MLPs with stacked weights, and with gate and up projections in one weight."""
 
     def __init__(self, config: Step3TextConfig):
-        super().__init__()
-        self.num_experts = config.moe_num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
+        super().__init__(config)
         # Registered before the hooks of expert parallelism, which renumber the experts.
         self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
 
@@ -555,22 +550,6 @@ class Step3TextExperts(nn.Module):
         if len(inputs) > 1 and inputs[1].shape[0] > 1:
             message = f"Indices of experts must lie between 0 and {num_experts - 1}"
             check_values((inputs[1] >= 0) & (inputs[1] < num_experts), message)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The `eager` implementation: runs each expert on its tokens of `hidden_states` (tokens, hidden_size)."""
-        output = torch.zeros_like(hidden_states)
-        with torch.no_grad():
-            # The additional class stands for other ranks' experts under expert parallelism.
-            assigned = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)[..., :-1].permute(2, 1, 0)
-            used_experts = assigned.sum(dim=(1, 2)).nonzero().flatten()
-        for expert in used_experts:
-            slot, token = torch.where(assigned[expert])
-            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
-        return output
 
 
 class Step3TextMoE(nn.Module):
