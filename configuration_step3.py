@@ -390,6 +390,3 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 for _config_class in (Step3VisionEncoderConfig, Step3TextConfig, Step3VLConfig):
     _config_class.register_for_auto_class()
 set_on_package(__name__)
-
-
-__all__ = ["Step3TextConfig", "Step3VLConfig", "Step3VisionEncoderConfig"]

@@ -1522,14 +1522,3 @@ for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):
 Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 set_on_package(__name__)
-
-
-__all__ = [
-    "Step3BoundedCache",
-    "Step3TextForCausalLM",
-    "Step3TextModel",
-    "Step3VLForConditionalGeneration",
-    "Step3VLModel",
-    "Step3VLPreTrainedModel",
-    "Step3VisionModel",
-]

@@ -736,6 +736,3 @@ class Step3VLProcessor(ProcessorMixin):
 Step3VLImageProcessor.register_for_auto_class("AutoImageProcessor")
 Step3VLProcessor.register_for_auto_class("AutoProcessor")
 set_on_package(__name__)
-
-
-__all__ = ["Step3VLImageProcessor", "Step3VLProcessor"]
