@@ -30,26 +30,6 @@ MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
 size = interval(min=1, max=MAX_SIZE)
 nonnegative = interval(min=0, max=float("inf"), exclude_max=True)
 
-# The classes that the Auto classes load from the code in a saved directory.
-STEP3_VISION_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
-    "AutoModel": "modeling_step3.Step3VisionModel",
-}
-STEP3_TEXT_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3TextConfig",
-    "AutoModel": "modeling_step3.Step3TextModel",
-    "AutoModelForCausalLM": "modeling_step3.Step3TextForCausalLM",
-}
-STEP3_VL_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3VLConfig",
-    "AutoModel": "modeling_step3.Step3VLModel",
-    "AutoModelForImageTextToText": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoProcessor": "processing_step3.Step3VLProcessor",
-    "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
-}
-
 
 def set_on_package(module_name: str):
     """
@@ -73,11 +53,11 @@ def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
 class Step3SavedWithCode:
     """Mixin of the configurations. Saving points the Auto classes in `auto_map` to the code in the saved directory."""
 
-    carried_auto_map = {}
+    carried_auto_map = {}  # the classes that the Auto classes load from there
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Keep references to other modules than this package's, which may be in any repository.
-        carried = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
+        carried = {reference.split(".")[0] for reference in Step3VLConfig.carried_auto_map.values()}
         given = getattr(self, "auto_map", None) or {}
         others = {key: value for key, value in given.items() if str(value).split("--")[-1].split(".")[0] not in carried}
         self.auto_map = {**self.carried_auto_map, **others}
@@ -109,7 +89,10 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
 
     model_type = "step3_vision_encoder"
     base_config_key = "vision_config"
-    carried_auto_map = STEP3_VISION_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
+        "AutoModel": "modeling_step3.Step3VisionModel",
+    }
 
     hidden_size: int = size(default=1792)
     intermediate_size: int = size(default=15360)
@@ -183,7 +166,11 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 500000.0
-    carried_auto_map = STEP3_TEXT_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3TextConfig",
+        "AutoModel": "modeling_step3.Step3TextModel",
+        "AutoModelForCausalLM": "modeling_step3.Step3TextForCausalLM",
+    }
     attribute_map = {
         "max_position_embeddings": "max_position_embedding",
         "num_key_value_heads": "num_attention_groups",
@@ -343,7 +330,15 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 
     model_type = "step3_vl"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
-    carried_auto_map = STEP3_VL_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3VLConfig",
+        "AutoModel": "modeling_step3.Step3VLModel",
+        "AutoModelForImageTextToText": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoModelForCausalLM": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoProcessor": "processing_step3.Step3VLProcessor",
+        "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
+    }
     sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
     sub_configs_defaults = {name: SubConfigSpec(config_class=value) for name, value in sub_configs.items()}
 
