@@ -648,13 +648,9 @@ class Step3VLPreTrainedModel(Rewritable, Step3Checkpoint, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
-        if isinstance(module, Step3TextExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Step3TextTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, Step3VisionEmbeddings):
-            init.normal_(module.class_embedding, mean=0.0, std=std)
+        if isinstance(module, (Step3TextExperts, Step3TextTopKRouter, Step3VisionEmbeddings)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         implementation = super().get_correct_experts_implementation(requested_experts)
