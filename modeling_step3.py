@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
-from transformers.activations import ACT2FN, QuickGELUActivation
+from transformers.activations import QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
@@ -40,7 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -452,17 +452,10 @@ class Step3TextAttention(Fusible):
         return apply_linear(self.o_proj, attn_output.reshape(*input_shape, -1)), attn_weights
 
 
-class Step3TextMLP(Fusible):
-    """Gated MLP of a dense layer, or shared expert of an MoE layer."""
+class Step3TextMLP(Fusible, Qwen3MoeMLP):
+    """Gated MLP of a dense layer, or shared expert of an MoE layer, from the config and the width inside it."""
 
     fusible = ("gate_proj", "up_proj")
-
-    def __init__(self, config: Step3TextConfig, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.project(hidden_states)
