@@ -28,7 +28,7 @@ from checkpoint_files import (
     read_header,
     read_index,
 )
-from conversations import BadData, Conversation, check_pictures, read_conversations
+from conversations import BadData
 from convert_checkpoint import copy_files, fingerprint, make_plan, resolve, select, write_whole
 from experts import describe
 from files import replacing, write_json
@@ -37,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoProcessor
+from training_data import Sample, load_processor, read_samples
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -56,8 +56,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Quantiser:
     """Writes a quantised checkpoint, a file for each layer."""
 
-    def __init__(self, checkpoint: Checkpoint, arguments: argparse.Namespace, conversations: list[Conversation]):
-        self.checkpoint, self.arguments, self.conversations = checkpoint, arguments, conversations
+    def __init__(self, checkpoint: Checkpoint, arguments: argparse.Namespace, samples: list[Sample]):
+        self.checkpoint, self.arguments, self.samples = checkpoint, arguments, samples
         plan = make_plan(checkpoint, "bfloat16")
         self.config, self.text = plan.config, copy.deepcopy(plan.config.text_config)
         self.text._experts_implementation, self.text._attn_implementation = "linear", "sdpa"
@@ -73,15 +73,14 @@ class Quantiser:
 
     def embed(self) -> list[torch.Tensor]:
         """What the first layer gets for each conversation: (1, tokens, hidden_size). Only that layer is loaded."""
-        if not self.conversations:
+        if not self.samples:
             return []
         config, _ = select(self.checkpoint, range(1), text_only=False)
         directory, kind = self.checkpoint.directory, getattr(step3_vl, config.architectures[0])
         model = kind.from_pretrained(directory, config=config, dtype=torch.bfloat16, device_map=DEVICE)
-        processor, states = AutoProcessor.from_pretrained(directory), []
-        for conversation in tqdm(self.conversations, "Embedding"):
-            text = processor.apply_chat_template(conversation.messages, tools=conversation.tools)
-            images = conversation.images or None
+        processor, states = load_processor(directory), []
+        for sample in tqdm(self.samples, "Embedding"):
+            text, images = sample.prompt + sample.answer, sample.images or None
             inputs = processor(text=text, images=images, add_special_tokens=False, return_tensors="pt").to(DEVICE)
             output = model(**inputs, use_cache=False, logits_to_keep=1, output_hidden_states=True)
             states.append(output.hidden_states[0].cpu())
@@ -287,16 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = read_checkpoint(directory)
         if not isinstance(checkpoint.config, Step3VLConfig):
             raise CheckpointError([f"{directory} has only a language model, which is not supported here."])
-        conversations = []
+        samples = []
         if arguments.calibrate is not None:
             status = arguments.calibrate.stat()
             options["calibrate"] = [str(arguments.calibrate.resolve()), status.st_size, status.st_mtime_ns]
-            conversations = read_conversations(arguments.calibrate, faults := [])
-            check_pictures(conversations, faults)
+            max_length, processor = checkpoint.config.text_config.longest_sequence, load_processor(directory)
+            samples = list(read_samples(arguments.calibrate, processor, faults := [], max_length=max_length))
             if faults:
                 raise BadData(faults)
-            conversations = random.Random(0).sample(conversations, min(arguments.samples, len(conversations)))
-        quantiser = Quantiser(checkpoint, arguments, conversations)
+            samples = random.Random(0).sample(samples, min(arguments.samples, len(samples)))
+        quantiser = Quantiser(checkpoint, arguments, samples)
         quantiser.check_groups()
         with torch.no_grad():
             write_whole(arguments.output, fingerprint(checkpoint, options), quantiser.write)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, assert_same_files, load_whole, weights_in
+from conftest import assert_same_files, load_whole, weights_in
 from describe import TINY
 from draw_conversations import draw_conversations
 from evaluate_tiny import answer_scenes, fresh_scenes
@@ -100,8 +100,9 @@ def test_what_is_written_answers_right_and_turns_back(tmp_path, written, whole, 
     assert bytes_of_experts(tmp_path / "plain") / bytes_of_experts(written(name)) > factor
     for part in ("vision_model.", "vit_", "lm_head", "model.embed_tokens", "model.norm"):
         assert all(torch.equal(plain[n], x.bfloat16()) for n, x in weights.items() if n.startswith(part)), part
-    if name != "w8a8-gptq" and name != "fp8-rtn":  # whose activations are rounded as well
-        assert_close(log_probs(load_whole(AutoModelForImageTextToText, tmp_path / "plain")), log_probs(model))
+    if name not in ("w8a8-gptq", "fp8-rtn"):  # whose activations are rounded as well
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
+        assert divergence(log_probs(plain), model) < 1e-3  # bfloat16's sums in another order
 
 
 def test_calibration_helps(written, whole):
