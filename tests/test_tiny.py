@@ -199,7 +199,7 @@ def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tm
     start, end = tmp_path / "whole-training" / "checkpoint-27", tmp_path / "whole-training" / "checkpoint-30"
     log = json.loads((end / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_scenes_loss"] for entry in log if "eval_scenes_loss" in entry]
-    assert len(losses) == 10 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
 
     shutil.copytree(start, tmp_path / "resumed-training" / start.name)
     for arguments, message in (

@@ -470,6 +470,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     model.config.text_config.output_router_logits = False
+    vars(model.config).pop("use_cache", None)  # set by `Trainer`
     normalise_as_clip(model, processor.image_processor)
     save_whole(directory, model, processor)
 
