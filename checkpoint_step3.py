@@ -426,8 +426,11 @@ class Step3Checkpoint:
                 replace_unquantized(model, state_dict, load_config)
         load = PreTrainedModel._load_pretrained_model
         loaded = load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
-        if settings.dequantize if is_fp8 else is_linear and quantizer is None:
-            del model._weight_conversions  # so that it is saved stacked and not in fp8
+        is_dense = quantizer is None or getattr(settings, "dequantize", False)
+        if (is_fp8 or is_linear) and is_dense:
+            del model._weight_conversions  # so that it is saved stacked and not quantised
+        elif is_linear and quantizer.pre_quantized:
+            model._weight_conversions = transforms_of(model)  # without bitsandbytes' own, which cannot be reversed
         return loaded
 
     def load_adapter(self, *args, **kwargs):

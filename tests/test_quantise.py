@@ -201,5 +201,7 @@ def test_adapters_are_trained_on_it_and_merged(tmp_path, written, name):
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.3
     model.eval().merge_and_unload().save_pretrained(tmp_path / "merged")
+    names = weights_in(written(name) if name.startswith("nf4") else TINY).keys()
+    assert weights_in(tmp_path / "merged").keys() == names
     merged = load_whole(AutoModelForImageTextToText, tmp_path / "merged")
     assert float(merged(input_ids=IDS, labels=IDS).loss) < losses[0] - 0.3
