@@ -1,7 +1,7 @@
 """Exports a Step3 model to ONNX, with a cache, and compares each part with the model in onnxruntime.
 
 python scripts/export_onnx.py DIRECTORY
-python scripts/export_onnx.py DIRECTORY --model checkpoints/step3-tiny
+python scripts/export_onnx.py DIRECTORY --model checkpoints/step3-tiny --aoti
 
 run_onnx.py answers questions with what it makes.
 """
@@ -9,7 +9,7 @@ run_onnx.py answers questions with what it makes.
 import argparse
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -17,7 +17,7 @@ import torch
 from describe import TINY
 from files import new_directory, replacing, write_json
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 from transformers import (
     AutoConfig,
@@ -124,30 +124,50 @@ class Decoder(Part):
         return output.logits[:, -1], keys, values
 
 
-def difference(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
-    """The largest difference between tensors, relative to the largest value of each. `inf` if a shape differs."""
-    pairs = list(zip(actual, expected, strict=True))
-    if any(first.shape != second.shape for first, second in pairs):
-        return float("inf")
-    return float(torch.stack([(first - second).abs().max() / second.abs().max() for first, second in pairs]).max())
+def trace(part: Part) -> ExportedProgram:
+    return torch.export.export(part, part.examples[0], dynamic_shapes=part.dynamic_shapes)
+
+
+@torch.no_grad()
+def difference(part: Part, run: Callable[..., list[torch.Tensor]]) -> float:
+    """
+    The largest difference between the outputs of a part and of `run` for the examples, relative to the largest value of
+    each: NaN if one is, `inf` if a shape differs.
+    """
+    differences = []
+    for example in part.examples:
+        for actual, expected in zip(run(*example), pytree.tree_leaves(part(*example)), strict=True):
+            if actual.shape != expected.shape:
+                return float("inf")
+            differences.append((actual - expected).abs().max() / expected.abs().max())
+    return float(torch.stack(differences).max())
 
 
 def save_onnx(part: Part, path: Path) -> float:
-    """Writes a part as ONNX. Returns the largest difference between the outputs of the part and the file."""
+    """Writes a part as ONNX. Returns the difference of the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        traced = torch.export.export(part, part.examples[0], dynamic_shapes=part.dynamic_shapes)
-        program = torch.onnx.export(traced, input_names=part.input_names, output_names=part.output_names, verbose=False)
+        program = torch.onnx.export(
+            trace(part), input_names=part.input_names, output_names=part.output_names, verbose=False
+        )
         program.save(path, external_data=True)  # an ONNX file alone is limited to 2 GB
     session = onnxruntime.InferenceSession(path)
 
-    def run(example: tuple) -> list[torch.Tensor]:
+    def run(*example) -> list[torch.Tensor]:
         arrays = (tensor.numpy() for tensor in pytree.tree_leaves(example))
         outputs = session.run(part.output_names, dict(zip(part.input_names, arrays, strict=True)))
         return [torch.from_numpy(output) for output in outputs]
 
-    differences = [difference(run(example), pytree.tree_leaves(part(*example))) for example in part.examples]
-    return float(torch.tensor(differences).max())  # NaN if any is
+    return difference(part, run)
+
+
+def save_compiled(part: Part, path: Path) -> float:
+    """Compiles a part ahead of time. Returns the difference of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        torch._inductor.aoti_compile_and_package(trace(part), package_path=str(path))
+    compiled = torch._inductor.aoti_load_package(str(path))
+    return difference(part, lambda *example: pytree.tree_leaves(compiled(*example)))
 
 
 def settings_of(model: PreTrainedModel, processor: "step3_vl.Step3VLProcessor") -> dict:
@@ -184,6 +204,7 @@ def main() -> None:
         required=not TINY.exists(),
         help="directory or hub id (default: step3-tiny, in a checkout)",
     )
+    parser.add_argument("--aoti", action="store_true", help="also compile the decoder ahead of time, by AOTInductor")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # ONNX has no checks of values
@@ -201,11 +222,13 @@ def main() -> None:
         parts["pictures"] = Pictures(model, processor.image_processor)
     with replacing(arguments.directory) as target:
         target.mkdir()
-        for name, part in parts.items():
-            result = save_onnx(part, target / f"{name}.onnx")
-            print(f"{name}.onnx: within {result:.0e} of the model")
+        saves = [(f"{name}.onnx", save_onnx, part) for name, part in parts.items()]
+        saves += [("decoder.pt2", save_compiled, parts["decoder"])] * arguments.aoti
+        for file, save, part in saves:
+            result = save(part, target / file)
+            print(f"{file}: within {result:.0e} of the model")
             if not result <= TOLERANCE:
-                parser.exit(1, f"{parser.prog}: {name} differs by more than {TOLERANCE:.0e}; nothing was written.\n")
+                parser.exit(1, f"{parser.prog}: {file} differs by more than {TOLERANCE:.0e}; nothing was written.\n")
         if is_whole:
             write_json(target / "settings.json", settings)
             processor.tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run
 
 
@@ -34,9 +35,9 @@ def run_alone(program: str, *missing: str) -> str:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """step3-tiny, exported."""
+    """step3-tiny, exported with every option."""
     directory = tmp_path_factory.mktemp("exported") / "onnx"
-    result = run("export_onnx.py", directory)
+    result = run("export_onnx.py", directory, "--aoti")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in directory.parent.iterdir()] == ["onnx"]
     return directory
@@ -111,3 +112,23 @@ def test_pictures_are_processed_as_by_the_image_processor(tiny, options, release
         expected = processor.image_processor.plan(width, height)
         expected = (expected.padded_size, expected.view_size, expected.cut_size, expected.window)
         assert plan(width, height, settings) == expected
+
+
+def test_a_compiled_decoder_runs_without_transformers(exported, tiny):
+    """A prompt, then a token, against the model."""
+    model, _ = tiny
+    embeddings, logits = (exported.parent / name for name in ("embeddings.pt", "logits.pt"))
+    config = model.config.text_config
+    empty = (1, config.num_attention_groups, 0, config.head_dim)
+    program = f"""import torch
+decoder = torch._inductor.aoti_load_package({str(exported / "decoder.pt2")!r})
+embeddings = torch.load({str(embeddings)!r})
+past = [[torch.zeros{empty}] * {config.num_hidden_layers}] * 2
+_, *past = decoder(embeddings[:, :8], *past)
+torch.save(decoder(embeddings[:, 8:], *past)[0], {str(logits)!r})
+"""
+    with torch.no_grad():
+        torch.save(model.get_input_embeddings()(torch.arange(9)[None]), embeddings)
+        run_alone(program, "transformers", "step3_vl")
+        expected = model(torch.arange(9)[None]).logits[:, -1]
+    torch.testing.assert_close(torch.load(logits), expected, atol=1e-4, rtol=1e-4)
