@@ -9,7 +9,7 @@ run_onnx.py answers questions with what it makes.
 import argparse
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -101,7 +101,7 @@ class Decoder(Part):
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         config = model.config.get_text_config()
-        layers, self.cache_shape = range(config.num_hidden_layers), (config.num_attention_groups, 0, config.head_dim)
+        layers = range(config.num_hidden_layers)
         self.input_names = ["inputs_embeds", *(f"past_key_values.{i}.{x}" for x in ("key", "value") for i in layers)]
         self.output_names = ["logits", *(f"present.{i}.{x}" for x in ("key", "value") for i in layers)]
         past = [dict.fromkeys((0, 2), Dim.DYNAMIC) for _ in layers]
@@ -128,40 +128,46 @@ def trace(part: Part) -> ExportedProgram:
     return torch.export.export(part, part.examples[0], dynamic_shapes=part.dynamic_shapes)
 
 
-def difference(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
-    """The largest difference between tensors, relative to the largest value of each. `inf` if a shape differs."""
-    pairs = list(zip(actual, expected, strict=True))
-    if any(first.shape != second.shape for first, second in pairs):
-        return float("inf")
-    return max(float((first - second).abs().max() / second.abs().max()) for first, second in pairs)
+@torch.no_grad()
+def difference(part: Part, run: Callable[..., list[torch.Tensor]]) -> float:
+    """
+    The largest difference between the outputs of a part and of `run` for the examples, relative to the largest value of
+    each: NaN if one is, `inf` if a shape differs.
+    """
+    differences = []
+    for example in part.examples:
+        for actual, expected in zip(run(*example), pytree.tree_leaves(part(*example)), strict=True):
+            if actual.shape != expected.shape:
+                return float("inf")
+            differences.append((actual - expected).abs().max() / expected.abs().max())
+    return float(torch.stack(differences).max())
 
 
-def save_onnx(part: Part, program: ExportedProgram, path: Path) -> float:
-    """Writes a part as ONNX. Returns the largest difference between the outputs of the part and the file."""
+def save_onnx(part: Part, path: Path) -> float:
+    """Writes a part as ONNX. Returns the difference of the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own
-        onnx_program = torch.onnx.export(
-            program, input_names=part.input_names, output_names=part.output_names, verbose=False
+        program = torch.onnx.export(
+            trace(part), input_names=part.input_names, output_names=part.output_names, verbose=False
         )
-        onnx_program.save(path, external_data=True)  # an ONNX file alone is limited to 2 GB
+        program.save(path, external_data=True)  # an ONNX file alone is limited to 2 GB
     session = onnxruntime.InferenceSession(path)
 
-    def run(example: tuple) -> list[torch.Tensor]:
+    def run(*example) -> list[torch.Tensor]:
         arrays = (tensor.numpy() for tensor in pytree.tree_leaves(example))
         outputs = session.run(part.output_names, dict(zip(part.input_names, arrays, strict=True)))
         return [torch.from_numpy(output) for output in outputs]
 
-    return max(difference(run(example), pytree.tree_leaves(part(*example))) for example in part.examples)
+    return difference(part, run)
 
 
-def save_aoti(part: Part, program: ExportedProgram, path: Path) -> float:
-    """Compiles a part ahead of time. Returns the largest difference between the outputs of the part and the file."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+def save_compiled(part: Part, path: Path) -> float:
+    """Compiles a part ahead of time. Returns the difference of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        torch._inductor.aoti_compile_and_package(trace(part), package_path=str(path))
     compiled = torch._inductor.aoti_load_package(str(path))
-    return max(
-        difference(pytree.tree_leaves(compiled(*example)), pytree.tree_leaves(part(*example)))
-        for example in part.examples
-    )
+    return difference(part, lambda *example: pytree.tree_leaves(compiled(*example)))
 
 
 def settings_of(model: PreTrainedModel, processor: "step3_vl.Step3VLProcessor") -> dict:
@@ -209,21 +215,22 @@ def main() -> None:
     parts = {"embeddings": Embeddings(model), "decoder": Decoder(model)}
     if is_whole:
         processor = AutoProcessor.from_pretrained(arguments.model)
+        try:
+            settings = settings_of(model, processor)
+        except ValueError as error:
+            parser.exit(2, f"{parser.prog}: {error}\n")
         parts["pictures"] = Pictures(model, processor.image_processor)
     with replacing(arguments.directory) as target:
         target.mkdir()
-        for name, part in parts.items():
-            program = trace(part)
-            files = {f"{name}.onnx": save_onnx}
-            if name == "decoder" and arguments.aoti:
-                files[f"{name}.pt2"] = save_aoti
-            for file, save in files.items():
-                result = save(part, program, target / file)
-                print(f"{file}: within {result:.0e} of the model")
-                if not result <= TOLERANCE:
-                    parser.exit(1, f"{parser.prog}: {file} differs by more than {TOLERANCE:.0e}; nothing is kept.\n")
+        saves = [(f"{name}.onnx", save_onnx, part) for name, part in parts.items()]
+        saves += [("decoder.pt2", save_compiled, parts["decoder"])] * arguments.aoti
+        for file, save, part in saves:
+            result = save(part, target / file)
+            print(f"{file}: within {result:.0e} of the model")
+            if not result <= TOLERANCE:
+                parser.exit(1, f"{parser.prog}: {file} differs by more than {TOLERANCE:.0e}; nothing was written.\n")
         if is_whole:
-            write_json(target / "settings.json", settings_of(model, processor))
+            write_json(target / "settings.json", settings)
             processor.tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
 
 
