@@ -472,7 +472,9 @@ def test_hostile_requests_end_in_a_reason(server):
 
 @each_engine
 def test_an_abandoned_request_stops(server):
-    body = json.dumps(question(GOOD, QUESTION, max_tokens=1800, logit_bias={"406": -100, "403": -100})).encode()
+    ends = AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids(["<|EOT|>", "<｜end▁of▁sentence｜>"])
+    never = dict.fromkeys(map(str, ends), -100)
+    body = json.dumps(question(GOOD, QUESTION, max_tokens=1800, logit_bias=never)).encode()
     head = f"{POST.format(CHAT)}Content-Length: {len(body)}\r\n\r\n"
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     connections = [socket.create_connection(address) for _ in range(6)]

@@ -53,6 +53,7 @@ VISION = {
     "image_size": 240,
     "patch_size": 20,
     "initializer_range": 0.05,
+    "dtype": "float32",
 }
 TEXT = {
     "hidden_size": 128,
@@ -71,6 +72,7 @@ TEXT = {
     "router_aux_loss_coef": 0.01,
     "output_router_logits": True,
     "initializer_range": 0.05,
+    "dtype": "float32",
 }
 MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
