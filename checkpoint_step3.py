@@ -52,12 +52,8 @@ class MergeExperts(MergeModulelist):
     """Stacks expert weights that were saved one by one. Saving keeps them stacked, as in the release."""
 
     def convert(self, input_dict, *args, full_layer_name: str, model: PreTrainedModel, **kwargs):
-        """
-        Stacks the experts' weights. Weights that are already stacked, as when saving, stay as they are.
-
-        Raises:
-            `ValueError`: if there are more or fewer experts than the model has.
-        """
+        """Leaves stacked weights as they are. Raises a `ValueError` if there are more or fewer experts than the model
+        has."""
         for pattern, tensors in input_dict.items():
             if isinstance(tensors, list) and tensors[0].ndim == 3:
                 input_dict[pattern] = tensors[0]
@@ -75,10 +71,8 @@ class MergeExperts(MergeModulelist):
 
 class ExpertsConverter(WeightConverter):
     """
-    A converter of experts that were saved one by one.
-
-    Raises:
-        `ValueError`: if one of their numbers is missing; transformers would number the experts anew.
+    A converter of experts that were saved one by one. Raises a `ValueError` if one of their numbers is missing, because
+    transformers would number the experts anew.
     """
 
     def convert(self, layer_name: str, *args, **kwargs):
@@ -203,12 +197,7 @@ def warn_of_slow_reading(model: PreTrainedModel, paths: list[str] | None) -> Non
 
 
 def check_fp8(weights: Mapping[str, torch.Tensor], settings) -> None:
-    """
-    Checks that fp8 `weights` can be dequantised.
-
-    Raises:
-        `ValueError`: if they have no scales, or the `settings` of their quantisation no blocks.
-    """
+    """Raises a `ValueError` if fp8 `weights` have no scales, or the `settings` of their quantisation no blocks."""
     for name, weight in weights.items():
         if weight.dtype == torch.float8_e4m3fn:
             if getattr(settings, "weight_block_size", None) is None:
@@ -226,10 +215,8 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
 def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], checkpoint_files, load_config):
     """
     Gives mapped experts views of their weights, and loads all others as usual, except that block-fp8 stays as it is and
-    is dequantised when it is used.
-
-    Raises:
-        `ValueError`: if experts have no weights, or weights or scales do not match the config.
+    is dequantised when it is used. Raises a `ValueError` if experts have no weights, or weights or scales do not match
+    the config.
     """
     renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
     settings = getattr(load_config.hf_quantizer, "quantization_config", None)
@@ -281,10 +268,8 @@ def load_mapped(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor], 
 def replace_unquantized(model: PreTrainedModel, names: Iterable[str], load_config) -> None:
     """
     Replaces fp8 modules of `model` by plain ones if the checkpoint has no scales for them among its `names`.
-    transformers decides by a list in the config, which the released config is not known to have.
-
-    Raises:
-        `ValueError`: if the blocks of stacked fp8 experts do not divide them.
+    transformers decides by a list in the config, which the released config is not known to have. Raises a `ValueError`
+    if the blocks of stacked fp8 experts do not divide them.
     """
     renamings = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in load_config.weight_mapping if isinstance(entry, WeightConverter)]
@@ -305,12 +290,8 @@ def replace_unquantized(model: PreTrainedModel, names: Iterable[str], load_confi
 
 
 def refuse_other_adapters(model: nn.Module, keys) -> None:
-    """
-    Checks the `unexpected_keys` of an adapter that was loaded into the model.
-
-    Raises:
-        `ValueError`: if they belong to adapters for experts that are built differently from the model's.
-    """
+    """Raises a `ValueError` if the `unexpected_keys` of an adapter that was loaded belong to adapters for experts that
+    are built differently from the model's."""
     if getattr(model, "peft_config", None) and any(".moe." in name for name in keys.unexpected_keys):
         implementation = "eager" if experts_form(model) == "linear" else "linear"
         raise ValueError(
@@ -343,12 +324,8 @@ class Step3Checkpoint:
         self.register_load_state_dict_post_hook(refuse_other_adapters)  # PEFT's way of loading adapters
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """
-        As for any model. `"linear"` and `"mapped"` can only be chosen when the model is loaded.
-
-        Raises:
-            `ValueError`: if an existing model would have to change to or from one of these.
-        """
+        """As for any model. `"linear"` and `"mapped"` can only be chosen when a model is loaded. Raises a `ValueError`
+        if an existing model would have to change to or from one of these."""
         form = requested_experts if requested_experts in ("linear", "mapped") else None
         is_built = any(hasattr(module, "experts") for module in self.modules())
         if is_built and form != experts_form(self):
@@ -364,12 +341,8 @@ class Step3Checkpoint:
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As for any model.
-
-        Raises:
-            `ValueError`: if weights are quantised in a format that the config does not describe.
-        """
+        """As for any model. Raises a `ValueError` if weights are quantised in a format that the config does not
+        describe."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # One by one, or, as older releases report them, by the stacked weight's name.
         quantised = re.compile(r"\.moe\.experts\.(\d+\.\w+_proj\.(?!weight(_scale_inv)?$)|\w+_proj_(?!scale_inv$))")
@@ -461,12 +434,7 @@ class Step3Checkpoint:
         return loaded
 
     def load_adapter(self, *args, **kwargs):
-        """
-        As for any model.
-
-        Raises:
-            `ValueError`: if the adapter is for experts that are built differently.
-        """
+        """As for any model. Raises a `ValueError` if the adapter is for experts that are built differently."""
         info = super().load_adapter(*args, **kwargs)
         refuse_other_adapters(self, info)
         return info
@@ -474,12 +442,8 @@ class Step3Checkpoint:
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
     ) -> nn.Embedding:
-        """
-        As for any model.
-
-        Raises:
-            `ValueError`: if the new vocabulary would not contain `image_token_id` or `pad_token_id`.
-        """
+        """As for any model. Raises a `ValueError` if the new vocabulary would not contain `image_token_id` or
+        `pad_token_id`."""
         if new_num_tokens is not None:
             vocab_size = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
             for name, config in (("image_token_id", self.config), ("pad_token_id", self.config.get_text_config())):

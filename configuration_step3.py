@@ -30,26 +30,6 @@ MAX_LAYERS, MAX_SIZE = 1000, 2**31 - 1
 size = interval(min=1, max=MAX_SIZE)
 nonnegative = interval(min=0, max=float("inf"), exclude_max=True)
 
-# The classes that the Auto classes load from the code in a saved directory.
-STEP3_VISION_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
-    "AutoModel": "modeling_step3.Step3VisionModel",
-}
-STEP3_TEXT_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3TextConfig",
-    "AutoModel": "modeling_step3.Step3TextModel",
-    "AutoModelForCausalLM": "modeling_step3.Step3TextForCausalLM",
-}
-STEP3_VL_AUTO_MAP = {
-    "AutoConfig": "configuration_step3.Step3VLConfig",
-    "AutoModel": "modeling_step3.Step3VLModel",
-    "AutoModelForImageTextToText": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_step3.Step3VLForConditionalGeneration",
-    "AutoProcessor": "processing_step3.Step3VLProcessor",
-    "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
-}
-
 
 def set_on_package(module_name: str):
     """
@@ -73,11 +53,11 @@ def num_image_tokens(side: int, patch_size: int, stride: int) -> int:
 class Step3SavedWithCode:
     """Mixin of the configurations. Saving points the Auto classes in `auto_map` to the code in the saved directory."""
 
-    carried_auto_map = {}
+    carried_auto_map = {}  # the classes that the Auto classes load from there
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         # Keep references to other modules than this package's, which may be in any repository.
-        carried = {reference.split(".")[0] for reference in STEP3_VL_AUTO_MAP.values()}
+        carried = {reference.split(".")[0] for reference in Step3VLConfig.carried_auto_map.values()}
         given = getattr(self, "auto_map", None) or {}
         others = {key: value for key, value in given.items() if str(value).split("--")[-1].split(".")[0] not in carried}
         self.auto_map = {**self.carried_auto_map, **others}
@@ -109,7 +89,10 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
 
     model_type = "step3_vision_encoder"
     base_config_key = "vision_config"
-    carried_auto_map = STEP3_VISION_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3VisionEncoderConfig",
+        "AutoModel": "modeling_step3.Step3VisionModel",
+    }
 
     hidden_size: int = size(default=1792)
     intermediate_size: int = size(default=15360)
@@ -125,7 +108,6 @@ class Step3VisionEncoderConfig(Step3SavedWithCode, PreTrainedConfig):
     initializer_range: float = nonnegative(default=0.02)
 
     def validate_architecture(self):
-        """Checks that `patch_size` divides `image_size`."""
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"`patch_size` must divide `image_size`, got patches of {self.patch_size} px in {self.image_size} px."
@@ -184,7 +166,11 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
     base_config_key = "text_config"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     default_theta = 500000.0
-    carried_auto_map = STEP3_TEXT_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3TextConfig",
+        "AutoModel": "modeling_step3.Step3TextModel",
+        "AutoModelForCausalLM": "modeling_step3.Step3TextForCausalLM",
+    }
     attribute_map = {
         "max_position_embeddings": "max_position_embedding",
         "num_key_value_heads": "num_attention_groups",
@@ -301,7 +287,6 @@ class Step3TextConfig(Step3SavedWithCode, PreTrainedConfig):
         return max(self.max_position_embedding, int(original * (self.rope_parameters.get("factor") or 1)))
 
     def validate_architecture(self):
-        """Checks the numbers of attention heads, and the indices of MoE layers."""
         if self.num_attention_heads % self.num_attention_groups:
             raise ValueError(
                 "`num_attention_groups` key/value heads must divide `num_attention_heads`, got "
@@ -341,21 +326,19 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type, is out of range or contradicts
         another.
-
-    Example:
-
-    ```python
-    >>> from step3_vl import Step3VLConfig, Step3VLForConditionalGeneration
-
-    >>> config = Step3VLConfig()  # the released 321 B model
-    >>> config.text_config.num_experts
-    48
-    ```
     """
 
     model_type = "step3_vl"
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]
-    carried_auto_map = STEP3_VL_AUTO_MAP
+    carried_auto_map = {
+        "AutoConfig": "configuration_step3.Step3VLConfig",
+        "AutoModel": "modeling_step3.Step3VLModel",
+        "AutoModelForImageTextToText": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoModelForCausalLM": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_step3.Step3VLForConditionalGeneration",
+        "AutoProcessor": "processing_step3.Step3VLProcessor",
+        "AutoImageProcessor": "processing_step3.Step3VLImageProcessor",
+    }
     sub_configs = {"vision_config": Step3VisionEncoderConfig, "text_config": Step3TextConfig}
     sub_configs_defaults = {name: SubConfigSpec(config_class=value) for name, value in sub_configs.items()}
 
@@ -392,7 +375,6 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
         return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def validate_architecture(self):
-        """Checks that `image_token_id` is in the vocabulary."""
         if not 0 <= self.image_token_id < self.text_config.vocab_size:
             raise ValueError(
                 f"`image_token_id` must be a token of the vocabulary, between 0 and {self.text_config.vocab_size - 1}, "
@@ -403,6 +385,3 @@ class Step3VLConfig(Step3SavedWithCode, PreTrainedConfig):
 for _config_class in (Step3VisionEncoderConfig, Step3TextConfig, Step3VLConfig):
     _config_class.register_for_auto_class()
 set_on_package(__name__)
-
-
-__all__ = ["Step3TextConfig", "Step3VLConfig", "Step3VisionEncoderConfig"]

@@ -164,10 +164,8 @@ class MappedExperts(nn.Module):
         """
         Uses the `tensors` whose names start with `prefix`, without copying them, and returns their names. Experts are
         stacked, as `gate_proj.weight`, or saved one by one, as `0.gate_proj.weight`. Names of scales, which fp8 weights
-        need, end with `_scale_inv`.
-
-        Raises:
-            `ValueError`: if weights or scales are missing, or differ from the config in their number or shapes.
+        need, end with `_scale_inv`. Raises a `ValueError` if weights or scales are missing, or differ from the config
+        in their number or shapes.
         """
         weights, used = {}, set()
         for matrix, scale, shape in zip(self.names, self.scale_names, self.shapes, strict=True):
@@ -299,10 +297,8 @@ class MappedExperts(nn.Module):
     ) -> Callable[[], torch.Tensor]:
         """
         As `forward`, but returns a function that computes the output. Work that the GPU is given before it is called
-        runs while the CPU computes experts.
-
-        Raises:
-            `ValueError`: if no weights are mapped, as in a model that was not loaded from files.
+        runs while the CPU computes experts. Raises a `ValueError` if no weights are mapped, as in a model that was not
+        loaded from files.
         """
         if not self.weights:
             raise ValueError('Experts are "mapped" from files: load the model by `from_pretrained`.')

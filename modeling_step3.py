@@ -17,9 +17,14 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
-from transformers.activations import ACT2FN, QuickGELUActivation
+from transformers.activations import QuickGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, ColwiseParallel, TensorParallelLayer
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    MoeExpertsParallel,
+    TensorParallelLayer,
+)
 from transformers.integrations import use_experts_implementation, use_kernel_forward_from_hub
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -35,6 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPMLP
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeMLP
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
@@ -48,7 +54,6 @@ from .generation_step3 import CACHE_NAME, Step3BoundedCache, Step3GenerationMixi
 
 
 if is_torch_distributed_available():
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
 if TYPE_CHECKING:  # makes `custom_object_save` copy processing_step3.py
@@ -447,17 +452,10 @@ class Step3TextAttention(Fusible):
         return apply_linear(self.o_proj, attn_output.reshape(*input_shape, -1)), attn_weights
 
 
-class Step3TextMLP(Fusible):
-    """Gated MLP of a dense layer, or shared expert of an MoE layer."""
+class Step3TextMLP(Fusible, Qwen3MoeMLP):
+    """Gated MLP of a dense layer, or shared expert of an MoE layer, from the config and the width inside it."""
 
     fusible = ("gate_proj", "up_proj")
-
-    def __init__(self, config: Step3TextConfig, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.project(hidden_states)
@@ -531,18 +529,12 @@ ALL_EXPERTS_FUNCTIONS.register("step3", step3_experts_forward)
 ALL_FP8_EXPERTS_FUNCTIONS.register("step3", ALL_FP8_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
-@use_experts_implementation
-class Step3TextExperts(nn.Module):
+@use_experts_implementation  # again, as transformers searches the source of this module for it
+class Step3TextExperts(Qwen3MoeExperts):
     """Routed experts: gated MLPs with stacked weights, and with gate and up projections in one weight."""
 
     def __init__(self, config: Step3TextConfig):
-        super().__init__()
-        self.num_experts = config.moe_num_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
+        super().__init__(config)
         # Registered before the hooks of expert parallelism, which renumber the experts.
         self.register_forward_pre_hook(partial(Step3TextExperts.check_indices, num_experts=self.num_experts))
 
@@ -551,22 +543,6 @@ class Step3TextExperts(nn.Module):
         if len(inputs) > 1 and inputs[1].shape[0] > 1:
             message = f"Indices of experts must lie between 0 and {num_experts - 1}"
             check_values((inputs[1] >= 0) & (inputs[1] < num_experts), message)
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The `eager` implementation: runs each expert on its tokens of `hidden_states` (tokens, hidden_size)."""
-        output = torch.zeros_like(hidden_states)
-        with torch.no_grad():
-            # The additional class stands for other ranks' experts under expert parallelism.
-            assigned = nn.functional.one_hot(top_k_index, num_classes=self.num_experts + 1)[..., :-1].permute(2, 1, 0)
-            used_experts = assigned.sum(dim=(1, 2)).nonzero().flatten()
-        for expert in used_experts:
-            slot, token = torch.where(assigned[expert])
-            gate, up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, token, (expert_output * top_k_weights[token, slot, None]).to(output.dtype))
-        return output
 
 
 class Step3TextMoE(nn.Module):
@@ -665,13 +641,9 @@ class Step3VLPreTrainedModel(Rewritable, Step3Checkpoint, PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         std = getattr(self.config, "initializer_range", None) or self.config.get_text_config().initializer_range
-        if isinstance(module, Step3TextExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, Step3TextTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-        elif isinstance(module, Step3VisionEmbeddings):
-            init.normal_(module.class_embedding, mean=0.0, std=std)
+        if isinstance(module, (Step3TextExperts, Step3TextTopKRouter, Step3VisionEmbeddings)):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         implementation = super().get_correct_experts_implementation(requested_experts)
@@ -688,7 +660,6 @@ class Step3TextModel(Step3VLPreTrainedModel):
     """The text decoder without a language-model head."""
 
     config: Step3TextConfig
-    config_class = Step3TextConfig
     input_modalities = ("text",)
     # A whole model's directory contains these besides the decoder's weights.
     keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_", r"^lm_head\.")
@@ -922,7 +893,6 @@ class Step3VisionModel(Step3VLPreTrainedModel):
     """Vision encoder. Returns one row per patch, without a final norm."""
 
     config: Step3VisionEncoderConfig
-    config_class = Step3VisionEncoderConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _can_record_outputs = {"hidden_states": Step3VisionEncoderLayer, "attentions": Step3VisionAttention}
@@ -990,7 +960,6 @@ class Step3VLCausalLMOutputWithPast(WithPictures, MoeCausalLMOutputWithPast):
 class Step3VLModel(Step3VLPreTrainedModel):
     """Vision encoder, projector to image features, and text decoder, without a language-model head."""
 
-    config_class = Step3VLConfig
     keys_of_other_parts = (r"^lm_head\.",)
     # Maximum output of an encoder MLP, in bytes: on a CPU, so that it stays in cache; on a GPU, to limit memory (50
     # patches of the released size in bfloat16).
@@ -1017,9 +986,9 @@ class Step3VLModel(Step3VLPreTrainedModel):
         return self.vit_large_projector(feature_map.flatten(2).transpose(1, 2))
 
     def encode(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
-        """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows. Their
-        features are its `pooler_output` (images, image tokens, hidden_size). Without images, the encoder runs all the
-        same, as processes that split its weights need."""
+        """The encoder's output for images of one size, encoded as many at a time as `max_encoder_bytes` allows, or all
+        in an exported program. Their features are its `pooler_output` (images, image tokens, hidden_size). Without
+        images, the encoder runs all the same, as processes that split its weights need."""
         vision_config, num_images = self.config.vision_config, pixel_values.shape[0]
         check_pictures(vision_config, pixel_values)
         if num_images == 0:
@@ -1027,7 +996,8 @@ class Step3VLModel(Step3VLPreTrainedModel):
         num_rows = (pixel_values.shape[-1] // vision_config.patch_size) ** 2
         num_bytes = num_rows * vision_config.intermediate_size * self.vision_model.dtype.itemsize
         max_bytes = self.max_encoder_bytes.get(pixel_values.device.type, self.max_encoder_bytes["cuda"])
-        parts = pixel_values.split(max(max_bytes // num_bytes, 1))
+        is_exported = torch.compiler.is_exporting()  # as a program that does not know the number of images
+        parts = (pixel_values,) if is_exported else pixel_values.split(max(max_bytes // num_bytes, 1))
         outputs = [self.vision_model(part, **{**kwargs, "return_dict": True}) for part in parts]
 
         def merge(values: list):
@@ -1079,16 +1049,19 @@ class Step3VLModel(Step3VLPreTrainedModel):
         features, rows = output.pooler_output.flatten(0, 1), num_tokens
         if patch_pixel_values is not None:
             patch_features = self.encode(patch_pixel_values).pooler_output
-            # Each picture's patches precede its global view. Sort on the device, for any counts.
-            images = torch.arange(num_images, device=num_patches.device)
-            image_of_patch = images.repeat_interleave(num_patches, output_size=patches_given)
-            places = [
-                (2 * image_of_patch).repeat_interleave(patch_features.shape[1]),
-                (2 * images + 1).repeat_interleave(num_tokens),
-            ]
-            features = torch.cat([patch_features.flatten(0, 1), features])
-            features = features[torch.cat(places).argsort(stable=True)]
-            rows = num_patches * patch_features.shape[1] + num_tokens
+            # Each picture's patches precede its global view. Every feature's row is computed on the device, for any
+            # counts, and with operations that ONNX has.
+            num_patch_tokens = patch_features.shape[1]
+            patches, images = (torch.arange(n, device=num_patches.device) for n in (patches_given, num_images))
+            patches_until = num_patches.cumsum(0)
+            image_of_patch = (patches[:, None] >= patches_until).sum(1)
+            first_rows = (
+                (patches * num_patch_tokens + image_of_patch * num_tokens, num_patch_tokens),
+                (patches_until * num_patch_tokens + images * num_tokens, num_tokens),
+            )
+            places = [(first[:, None] + torch.arange(n, device=first.device)).flatten() for first, n in first_rows]
+            features = torch.cat([patch_features.flatten(0, 1), features])[torch.cat(places).argsort()]
+            rows = num_patches * num_patch_tokens + num_tokens
         if torch.compiler.is_compiling() or num_images == 0:  # the number of rows per picture is unknown
             output.pooler_output = (features,)
         else:
@@ -1229,31 +1202,26 @@ class Step3LanguageModelHead:
         if "validate_param" in vars(ColwiseParallel) and not self.config.tie_word_embeddings:
             self._tp_plan.pop("lm_head", None)
 
-    def select_positions(self, hidden_states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Selects hidden states by `positions`: (tokens kept,), the same for all rows, or (batch, tokens kept).
-        Booleans select as a mask."""
-        if positions.ndim < 2:
-            return hidden_states[:, positions]
-        if positions.dtype == torch.bool:
-            return hidden_states[positions]
-        return hidden_states[torch.arange(len(positions), device=positions.device)[:, None], positions]
-
     def head_outputs(
         self,
         outputs: MoeModelOutputWithPast,
         labels: torch.LongTensor | None,
         logits_to_keep: int | torch.Tensor,
         attention_mask: torch.Tensor | None,
-        output_router_logits: bool | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> dict:
         """Computes the logits at `logits_to_keep` and the losses, and adds the fields of the decoder's `outputs`."""
         text_config = self.config.get_text_config()
         hidden_states = outputs.last_hidden_state
-        if logits_to_keep is None or isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
-        else:
-            hidden_states = self.select_positions(hidden_states, logits_to_keep)
+        if isinstance(logits_to_keep, torch.Tensor):
+            if logits_to_keep.ndim < 2:
+                logits_to_keep = slice(None), logits_to_keep
+            elif logits_to_keep.dtype != torch.bool:
+                rows = torch.arange(len(logits_to_keep), device=logits_to_keep.device)
+                logits_to_keep = rows[:, None], logits_to_keep
+            hidden_states = hidden_states[logits_to_keep]
+        elif logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]
         logits = apply_head(self.lm_head, hidden_states)
 
         loss = None
@@ -1264,7 +1232,7 @@ class Step3LanguageModelHead:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
 
         aux_loss = None
-        if output_router_logits and outputs.router_logits:
+        if outputs.router_logits:
             token_mask = None
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 token_mask = attention_mask[:, -outputs.last_hidden_state.shape[1] :]  # without the cached tokens
@@ -1294,7 +1262,6 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
     """Text decoder with a language-model head, for text-only checkpoints or the text part of a whole one."""
 
     config: Step3TextConfig
-    config_class = Step3TextConfig
     input_modalities = ("text",)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     keys_of_other_parts = (r"^(model\.)?vision_model\.", r"^(model\.)?vit_")
@@ -1305,7 +1272,6 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @merge_with_config_defaults
     @can_return_tuple
     def forward(
         self,
@@ -1328,7 +1294,8 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
             output_router_logits (`bool`, *optional*):
                 Whether to return router logits and the load-balancing loss, and add the latter to the loss.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                Number of last positions to compute logits for (0 for all), or a tensor that selects positions.
+                Number of last positions to compute logits for (0 for all), or a tensor that selects positions: indices
+                of shape `(tokens kept,)`, the same for all rows, or `(batch, tokens kept)`, or a mask.
 
         The other arguments are those of [`Step3TextModel`].
         """
@@ -1346,15 +1313,12 @@ class Step3TextForCausalLM(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3
             return_dict=True,
             **kwargs,
         )
-        return MoeCausalLMOutputWithPast(
-            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs)
-        )
+        return MoeCausalLMOutputWithPast(**self.head_outputs(outputs, labels, logits_to_keep, attention_mask, **kwargs))
 
 
 class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedModel, Step3GenerationMixin):
     """The whole model: generates text from text and images. [`Step3VLProcessor`] makes its inputs."""
 
-    config_class = Step3VLConfig
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: Step3VLConfig):
@@ -1408,7 +1372,7 @@ class Step3VLForConditionalGeneration(Step3LanguageModelHead, Step3VLPreTrainedM
             **kwargs,
         )
         return Step3VLCausalLMOutputWithPast(
-            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, output_router_logits, **kwargs),
+            **self.head_outputs(outputs, labels, logits_to_keep, attention_mask, **kwargs),
             image_hidden_states=outputs.image_hidden_states,
             image_outputs=outputs.image_outputs,
         )
@@ -1519,40 +1483,27 @@ def check_pictures(config: Step3VisionEncoderConfig, pixel_values: torch.Tensor)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _sum_gradients(tensor: torch.Tensor, mesh: "DeviceMesh") -> torch.Tensor:
-    """Returns the tensor, which every rank holds, and sums its gradients over the ranks."""
-    if not tensor.requires_grad:
-        return tensor
-    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
 class ReplicatedKeyValueHeadParallel(TensorParallelLayer):
     """Tensor-parallel style of the projection to the single key/value head. Each rank holds it whole and attends to it
-    with its own query heads only."""
+    with its own query heads only, so gradients are summed over the ranks."""
 
     def transform_output_post_forward(self, module, output, mesh):
-        return _sum_gradients(output, mesh)
+        if not output.requires_grad:
+            return output
+        return DTensor.from_local(output, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-class SplitExpertsParallel(TensorParallelLayer):
+class SplitExpertsParallel(MoeExpertsParallel):
     """Tensor-parallel style of the experts. Each rank holds some whole experts and runs them on all tokens, and the
     outputs are summed. Use with `grouped_gemm` for the weights."""
 
-    def should_use_local_tensors(self, module):
-        return True
-
-    def transform_inputs_pre_forward(self, module, args, kwargs, mesh):
-        hidden_states, top_k_index, top_k_weights = args
+    def transform_inputs_pre_forward(self, module, args, kwargs, mesh, **options):
+        inputs, kwargs = super().transform_inputs_pre_forward(module, args, kwargs, mesh, **options)
+        hidden_states, top_k_index, top_k_weights = inputs
         top_k_index = top_k_index - mesh.get_local_rank() * module.num_experts
         elsewhere = (top_k_index < 0) | (top_k_index >= module.num_experts)
         top_k_index = top_k_index.masked_fill(elsewhere, module.num_experts)
-        top_k_weights = _sum_gradients(top_k_weights, mesh).masked_fill(elsewhere, 0.0)
-        return (_sum_gradients(hidden_states, mesh), top_k_index, top_k_weights), kwargs
-
-    def transform_output_post_forward(self, module, output, mesh):
-        return (
-            DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
-        )
+        return (hidden_states, top_k_index, top_k_weights.masked_fill(elsewhere, 0.0)), kwargs
 
 
 ALL_PARALLEL_STYLES.register("replicated_key_value_head", ReplicatedKeyValueHeadParallel())
@@ -1564,14 +1515,3 @@ for _model_class in (Step3VisionModel, Step3TextModel, Step3VLModel):
 Step3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Step3VLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 set_on_package(__name__)
-
-
-__all__ = [
-    "Step3BoundedCache",
-    "Step3TextForCausalLM",
-    "Step3TextModel",
-    "Step3VLForConditionalGeneration",
-    "Step3VLModel",
-    "Step3VLPreTrainedModel",
-    "Step3VisionModel",
-]

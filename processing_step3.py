@@ -201,11 +201,7 @@ class PicturePlan:
     @property
     def newline_mask(self) -> list[bool]:
         """Whether a newline token follows each patch: after the last patch of every row but the last row."""
-        return [
-            column == self.columns - 1 and row < self.rows - 1
-            for row in range(self.rows)
-            for column in range(self.columns)
-        ]
+        return ([False] * (self.columns - 1) + [True]) * (self.rows - 1) + [False] * self.columns
 
 
 def plan_picture(
@@ -220,10 +216,8 @@ def plan_picture(
     """
     Plans how to process an image of `width` × `height` pixels. It is scaled down to at most `max_side` pixels a side
     and `max_pixels` in all. The global view has `view_side`² pixels and each patch `patch_side`² pixels. If there were
-    more than `max_patches`, they are cut from a smaller copy; an image too elongated for that has none.
-
-    Raises:
-        `ValueError`: if the image has no pixels.
+    more than `max_patches`, they are cut from a smaller copy; an image too elongated for that has none. Raises a
+    `ValueError` if the image has no pixels.
     """
     if min(width, height) < 1:
         raise ValueError(f"A picture must have at least one pixel a side, got {width} x {height}.")
@@ -297,10 +291,8 @@ def to_8_bit(pixels: np.ndarray, do_rescale: bool | None) -> tuple[np.ndarray, b
     """
     Converts pixel values to `uint8`. Integers up to 255 are kept, `uint16` keeps its upper byte, and booleans become 0
     or 255. Floats are in [0, 1] or [0, 255], and may overshoot by a tenth, as after resizing; this is clipped. Also
-    returns whether they are floats that `do_rescale=False` declares to be in [0, 1].
-
-    Raises:
-        `ValueError`: if values are in neither range, or floats could be in either.
+    returns whether they are floats that `do_rescale=False` declares to be in [0, 1]. Raises a `ValueError` if values
+    are in neither range, or floats could be in either.
     """
     kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:
@@ -744,6 +736,3 @@ class Step3VLProcessor(ProcessorMixin):
 Step3VLImageProcessor.register_for_auto_class("AutoImageProcessor")
 Step3VLProcessor.register_for_auto_class("AutoProcessor")
 set_on_package(__name__)
-
-
-__all__ = ["Step3VLImageProcessor", "Step3VLProcessor"]

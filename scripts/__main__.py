@@ -23,6 +23,7 @@ COMMANDS = {
     "experts": ("experts", None),
     "quantise": ("quantise", "quantize"),
     "export": ("export_onnx", "export"),
+    "onnx": ("run_onnx", "export"),
 }
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conversations import BadData, Conversation, check_pictures, read_conversation, read_rows
+from conversations import BadData, Conversation, check_pictures, iterate_conversations
 from describe import TINY, add_model_options, load
 from files import naming, replacing
 from tqdm import tqdm
@@ -34,35 +34,19 @@ def read_requests(path: Path, processor: Step3VLProcessor, max_length: int | Non
     The requests of a file: what is written of each besides its answer, and as a sample with `STAND_IN` for the answer.
     Raises `BadData` if one has an error.
     """
-    faults, rows, conversations = [], [], []
-    for place, read in read_rows(path):
-        try:
-            row = read()
-        except ValueError as error:
-            faults.append((place, str(error)))
-            continue
-
-        def fault(text: str, place: str = place) -> None:
-            faults.append((place, text))
-
-        conversation = read_conversation(row, Path(place).parent, place, fault, needs_answer=False)
-        if conversation is None:
-            continue
+    faults, conversations, requests = [], [], []
+    for conversation in iterate_conversations(path, faults, needs_answer=False):
         if conversation.messages[-1]["role"] == "assistant" or conversation.rejected:
-            fault("has an answer already")
-            continue
-        rows.append(row)
-        with_stand_in = {"messages": [*conversation.messages, STAND_IN], "learned": [*conversation.learned, True]}
-        conversations.append(replace(conversation, label=None, **with_stand_in))
-    if not rows and not faults:
-        faults.append((str(path), "is empty"))
+            faults.append((conversation.place, "has an answer already"))
+        else:
+            with_stand_in = {"messages": [*conversation.messages, STAND_IN], "learned": [*conversation.learned, True]}
+            conversations.append(replace(conversation, label=None, **with_stand_in))
     sizes = check_pictures(conversations, faults)
-    requests = []
-    for row, conversation in zip(rows, conversations, strict=True):
+    for conversation in conversations:
         try:
             sample = make_sample(conversation, sizes, processor)
             check_sample(sample, None, max_length)
-            requests.append((as_row(row, conversation), sample))
+            requests.append((as_row(conversation), sample))
         except ValueError as error:
             faults.append((conversation.place, str(error)))
     if faults:
@@ -70,14 +54,14 @@ def read_requests(path: Path, processor: Step3VLProcessor, max_length: int | Non
     return requests
 
 
-def as_row(row: dict, conversation: Conversation) -> dict:
+def as_row(conversation: Conversation) -> dict:
     """A request in the form `messages`."""
     messages = []
     for message, is_learned in zip(conversation.messages[:-1], conversation.learned[:-1], strict=True):
         content = "".join(part.get("text", "<image>") for part in message["content"])
         loss = {"loss": False} if message["role"] == "assistant" and not is_learned else {}
         messages.append({**message, "content": content, **loss})
-    row = {"id": row["id"]} if "id" in row else {}
+    row = {} if conversation.id is None else {"id": conversation.id}
     tools = {"tools": conversation.tools} if conversation.tools else {}
     return {**row, "messages": messages, **tools, "images": conversation.images}
 

@@ -7,11 +7,9 @@ The page shows how the model cuts each picture. Nothing leaves this machine but 
 """
 
 import argparse
-import base64
 import os
 import threading
 from collections.abc import Iterator
-from io import BytesIO
 
 
 # Before gradio is imported, which would count its uses and fetch fonts.
@@ -20,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio
 from PIL import Image, ImageDraw
-from transformers import AutoModelForImageTextToText, AutoProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import AutoProcessor, StoppingCriteria, TextIteratorStreamer
 
 
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
@@ -31,15 +29,16 @@ MAX_NEW_TOKENS = 1024
 class Local:
     """A model in this process, which answers one conversation at a time."""
 
-    def __init__(self, model: str, processor, trust_remote_code: bool):
-        options = {"dtype": "auto", "device_map": "auto", "trust_remote_code": trust_remote_code}
-        self.model, self.processor = AutoModelForImageTextToText.from_pretrained(model, **options), processor
-        self.lock = threading.Lock()
+    def __init__(self, model, processor):
+        self.model, self.processor, self.lock = model, processor, threading.Lock()
 
-    def stream(self, turns: list[dict]) -> Iterator[str]:
+    def picture_part(self, image: Image.Image) -> dict:
+        return {"type": "image", "image": image}
+
+    def stream(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
         """The answer to a conversation in pieces. Raises what the model raises."""
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        inputs = self.processor.apply_chat_template(turns, **options).to(self.model.device)
+        inputs = self.processor.apply_chat_template(messages, **options).to(self.model.device)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures, is_left = [], threading.Event()
 
@@ -49,7 +48,7 @@ class Local:
 
         def generate() -> None:
             try:
-                settings = {"max_new_tokens": MAX_NEW_TOKENS, "stopping_criteria": [Left()]}
+                settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "stopping_criteria": [Left()]}
                 self.model.generate(**inputs, **settings, streamer=streamer)
             except Exception as error:  # raised where it is read
                 failures.append(error)
@@ -65,33 +64,6 @@ class Local:
                 thread.join()
         if failures:
             raise failures[0]
-
-
-class Server:
-    """A model behind the OpenAI API. The key in the environment variable STEP3_API_KEY is sent if it is set."""
-
-    def __init__(self, url: str):
-        import openai
-
-        base_url = f"{url.rstrip('/').removesuffix('/v1')}/v1"
-        self.client = openai.OpenAI(base_url=base_url, api_key=os.environ.get("STEP3_API_KEY", "none"))
-        self.model = self.client.models.list().data[0].id
-
-    @staticmethod
-    def _part(part: dict) -> dict:
-        if part["type"] == "text":
-            return part
-        with BytesIO() as file:
-            part["image"].save(file, "PNG")
-            url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        return {"type": "image_url", "image_url": {"url": url}}
-
-    def stream(self, turns: list[dict]) -> Iterator[str]:
-        """The answer to a conversation in pieces. Raises an `openai.OpenAIError` if the server refuses it."""
-        messages = [{**turn, "content": [self._part(part) for part in turn["content"]]} for turn in turns]
-        with self.client.chat.completions.create(model=self.model, messages=messages, stream=True) as parts:
-            for part in parts:
-                yield from (choice.delta.content or "" for choice in part.choices)
 
 
 def cut(image: Image.Image, processor) -> tuple[Image.Image, str]:
@@ -111,16 +83,18 @@ def cut(image: Image.Image, processor) -> tuple[Image.Image, str]:
     return shown, f"{width} x {height} pixels, {patches}, {counts.num_image_tokens[0]} tokens"
 
 
-def page(model: Local | Server, processor, title: str) -> gradio.Blocks:
+def page(model, processor, title: str) -> gradio.Blocks:
+    """A page for a `Local`, or a model on a server with the same methods."""
+
     def ask(message: dict, turns: list[dict], shown: list):
-        images = [processor.image_processor.process_image(Image.open(path)) for path in message["files"]]
-        text = [{"type": "text", "text": message["text"]}] if message["text"] else []
-        turns = [*turns, {"role": "user", "content": [*({"type": "image", "image": image} for image in images), *text]}]
-        shown = [*shown, *(cut(image, processor) for image in images)]
         answer = ""
-        yield None, turns, shown, bubbles(turns), shown
         try:
-            for piece in model.stream(turns):
+            images = [processor.image_processor.process_image(Image.open(path)) for path in message["files"]]
+            text = [{"type": "text", "text": message["text"]}] if message["text"] else []
+            turns = [*turns, {"role": "user", "content": [*map(model.picture_part, images), *text]}]
+            shown = [*shown, *(cut(image, processor) for image in images)]
+            yield None, turns, shown, bubbles(turns), shown
+            for piece in model.stream(turns, MAX_NEW_TOKENS):
                 answer += piece
                 yield None, turns, shown, [*bubbles(turns), {"role": "assistant", "content": answer}], shown
         except Exception as error:
@@ -148,32 +122,37 @@ def bubbles(turns: list[dict]) -> list[dict]:
     """A conversation as the page shows it: its text, and how many pictures came with it."""
     shown = []
     for turn in turns:
-        count = sum(part["type"] == "image" for part in turn["content"])
+        count = sum(part["type"] != "text" for part in turn["content"])
         text = "".join(part["text"] for part in turn["content"] if part["type"] == "text")
         note = f" *({count} picture{'s' * (count > 1)})*" * bool(count)
         shown.append({"role": turn["role"], "content": text + note})
     return shown
 
 
-def launch(model: str, server: str | None = None, port: int | None = None, trust_remote_code: bool = False) -> None:
-    """Serves the page until Ctrl-C. Raises an `OSError` if the model cannot be read or the server not be reached."""
-    processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-    answering = Server(server) if server else Local(model, processor, trust_remote_code)
+def launch(model, processor, title: str, port: int | None = None) -> None:
+    """Serves the page until Ctrl-C. Raises an `OSError` if the port is taken."""
     options = {"theme": gradio.themes.Base(**FONTS), "server_port": port, "max_file_size": "64mb", "footer_links": []}
-    blocks = page(answering, processor, os.path.basename(os.path.abspath(model)))
     print("Press Ctrl-C to stop.")
-    blocks.queue(default_concurrency_limit=8).launch(**options, share=False)
+    page(model, processor, title).queue(default_concurrency_limit=8).launch(**options, share=False)
 
 
 def main() -> None:
+    from describe import Server, add_model_options, load  # which a Space does not have
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("model", help="directory or hub id; with --server, only its processor is read")
     parser.add_argument("--server", metavar="URL", help="ask a server with the OpenAI API, such as serve.py starts")
+    add_model_options(parser)
     parser.add_argument("--port", type=int, help="(default: 7860, or the next that is free)")
-    import step3_vl  # noqa: F401  (registers Step3-VL with the Auto classes)
-
+    arguments = parser.parse_args()
     try:
-        launch(**vars(parser.parse_args()))
+        if arguments.server:
+            model, processor = Server(arguments.server), AutoProcessor.from_pretrained(arguments.model)
+        else:
+            options = (arguments.device, arguments.dtype, arguments.experts_implementation)
+            model, processor = load(arguments.model, *options)
+            model = Local(model, processor)
+        launch(model, processor, os.path.basename(os.path.abspath(arguments.model)), arguments.port)
     except OSError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
 

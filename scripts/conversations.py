@@ -95,6 +95,7 @@ class Conversation:
     tools: list[dict] | None = None  # for `apply_chat_template`
     rejected: dict | None = None  # an answer that is worse than the last message
     label: bool | None = None  # whether the last message is a good answer
+    id: object = None  # what the row has under this name
 
 
 def check_keys(value: dict, known: tuple[str, ...]) -> None:
@@ -410,7 +411,9 @@ def read_conversation(
     if faults:
         return None
     count = len(rows)
-    return Conversation(place, messages[:count], found, learned[:count], tools, *messages[count:] or [None], label)
+    return Conversation(
+        place, messages[:count], found, learned[:count], tools, *messages[count:] or [None], label, row.get("id")
+    )
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

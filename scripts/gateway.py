@@ -9,9 +9,8 @@ import ipaddress
 import json
 import logging
 import math
-import time
-from collections.abc import Sequence
-from contextlib import aclosing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, aclosing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -19,24 +18,33 @@ from urllib.parse import urlsplit
 import anyio
 import uvicorn
 from huggingface_hub.utils import httpx
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from request_guard import FAILED, MAX_BODY, ROUTES, Pictures, Refusal, check_text, parse
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, Gauge, Histogram, generate_latest
+from request_guard import FAILED, MAX_BODY, ROUTES, Pictures, check_text, parse
 from serving_engines import Engine, add_usage
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 logger = logging.getLogger("uvicorn.error")
-# Bytes of bodies that all requests hold together; pixels of images that make a request large; large ones at a time.
+# Bytes that all requests hold together; pixels of images that make a request large; large ones at a time.
 MAX_HELD, LARGE, MAX_LARGE = 256 * 2**20, 2**24, 16
 # Seconds: until a client has sent its headers, and its body; until it has read what is sent to it; until a refused
 # client stops sending; and until an engine answers that it is well.
 HEADER_SECONDS, BODY_SECONDS, SEND_SECONDS, LINGER_SECONDS, HEALTH_SECONDS = 10, 60, 60, 2, 10
-LOADING = "The model is being loaded."
 RETRY = {"Retry-After": "5"}
-TOO_LARGE = Refusal(f"A request must have at most {MAX_BODY} bytes.", 413)
 OPEN_PAGES = ("/health", "/ping")  # asked by what starts and watches servers, without a key
+
+REQUESTS = Counter("step3_requests", "Requests, by status", ["path", "status"])
+TOKENS = Counter("step3_tokens", "Tokens of prompts and answers", ["kind"])
+BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, math.inf)
+SECONDS = Histogram("step3_request_seconds", "Duration of requests", ["path"], buckets=BUCKETS)
+RUNNING = Gauge("step3_requests_running", "Requests that the engine computes")
+WAITING = Gauge("step3_requests_waiting", "Requests that wait for the engine")
 
 
 class Protocol(H11Protocol):
@@ -71,25 +79,21 @@ class Gateway:
     def __post_init__(self):
         transport = httpx.AsyncHTTPTransport(uds=self.socket, limits=httpx.Limits(max_connections=None))
         self.client = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None, trust_env=False)
-        self.open = self.held = self.computing = 0
-        self.slots, self.large = asyncio.Semaphore(self.engine.slots), asyncio.Semaphore(MAX_LARGE)
+        self.held = 0  # bytes
+        limits = (self.max_requests, self.engine.slots, MAX_LARGE)
+        self.places, self.slots, self.large = map(asyncio.Semaphore, limits)
         pages = {"/health": self.health, "/ping": self.health, "/metrics": self.metrics, "/v1/models": self.models}
-        self.pages, self.registry = pages, CollectorRegistry()
-        options = {"registry": self.registry}
-        self.requests = Counter("step3_requests", "Requests, by status", ["path", "status"], **options)
-        self.tokens = Counter("step3_tokens", "Tokens of prompts and answers", ["kind"], **options)
-        buckets = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, math.inf)
-        self.seconds = Histogram("step3_request_seconds", "Duration of requests", ["path"], buckets=buckets, **options)
-        running = Gauge("step3_requests_running", "Requests that the engine computes", **options)
-        running.set_function(lambda: self.computing)
-        waiting = Gauge("step3_requests_waiting", "Requests that are read, or wait for the engine", **options)
-        waiting.set_function(lambda: self.open - self.computing)
+        routes = [Route(path, self.ask, methods=["POST"]) for path in ROUTES]
+        routes += [Route(path, page) for path, page in pages.items()]
+        kinds = (HTTPException, ClientDisconnect, Exception)
+        self.app = Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, refuse))
+        self.paths = (*ROUTES, *pages)
 
     async def __call__(self, scope, receive, send) -> None:
+        """Counts a request, limits the time that its client takes, and in the end releases what it holds."""
         if scope["type"] != "http":
             return
-        path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
-        is_asked, is_unread, status, start = path in ROUTES, method == "POST", None, time.monotonic()
+        is_unread, status, app = scope["method"] == "POST", 499, self.app
 
         async def receive_noting() -> dict:
             nonlocal is_unread
@@ -99,165 +103,143 @@ class Gateway:
 
         async def send_in_time(message: dict) -> None:
             nonlocal status
-            status = message.get("status", status)
-            with anyio.fail_after(SEND_SECONDS):
-                await send(message)
-
-        failure = None
-        try:
-            self._check_sender(path, headers)
-            if not is_asked and path not in self.pages:
-                raise Refusal(f"There is no {path:.100}, but {', '.join([*ROUTES, *self.pages])}.", 404)
-            if method not in (allowed := ("POST",) if is_asked else ("GET", "HEAD")):
-                raise Refusal(f"{path} does not take {method:.20}.", 405, Allow=", ".join(allowed))
-            if is_asked:
-                await self._ask(path, headers, receive_noting, send_in_time)
-            else:
-                await (await self.pages[path]())(scope, receive, send_in_time)
-        except Refusal as error:
-            failure = error
-        except TimeoutError:  # the client does not read
-            return
-        except Exception:
-            logger.exception("A request failed.")
-            failure = Refusal("The server failed; its log says why.", 500)
-        if failure and status is None:
-            if failure.status >= 500 and is_asked:
-                logger.error("%s: %s", path, failure)
-            if is_unread and "expect" not in headers:  # clients that are still sending would not read the answer
-                with anyio.move_on_after(LINGER_SECONDS):
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                with anyio.move_on_after(LINGER_SECONDS):  # who is still sending would not read the answer
                     while is_unread:
                         await receive_noting()
-            await JSONResponse(failure.body, failure.status, failure.headers)(scope, receive, send_in_time)
-        if is_asked:
-            self.requests.labels(path, status or 499).inc()
-            self.seconds.labels(path).observe(time.monotonic() - start)
+            with anyio.move_on_after(SEND_SECONDS) as sending:
+                await send(message)
+            if sending.cancelled_caught:  # the client does not read
+                answering.cancel()
+
+        path = scope["path"] if scope["path"] in self.paths else "other"
+        try:
+            self._check_sender(path, Headers(scope=scope))
+        except HTTPException as error:
+            app = response_of(error)
+        with SECONDS.labels(path).time():
+            async with AsyncExitStack() as scope["stack"]:
+                scope["stack"].callback(lambda: REQUESTS.labels(path, status).inc())
+                with anyio.CancelScope() as answering:
+                    await app(scope, receive_noting, send_in_time)
 
     def _check_sender(self, path: str, headers: Headers) -> None:
-        """Raises a `Refusal` if a request comes without the key, or may come from a page of another site."""
+        """Raises an `HTTPException` if a request comes without the key, or from a page with a name for this server."""
+        given = headers.get("host", "")
         try:
-            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+            host = urlsplit(f"//{given}").hostname
+            is_known = host in ("localhost", *self.hosts) or ipaddress.ip_address(host)
         except ValueError:
-            host = ""
-        try:
-            ipaddress.ip_address(host)
-        except ValueError:
-            if host not in ("localhost", *self.hosts):
-                raise Refusal(f"This server is not {host!r:.100}; see --allow-host.", 403) from None
+            is_known = False
+        if not is_known:
+            raise HTTPException(403, f"This server is not {given!r:.100}; see --allow-host.")
         if self.key is not None and path not in OPEN_PAGES:
-            given = headers.get("authorization", "").encode()
+            given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
-                raise Refusal("The API key is missing or wrong.", 401, **{"WWW-Authenticate": "Bearer"})
-        if path in ROUTES and headers.get("content-type", "application/json").split(";")[0] != "application/json":
-            raise Refusal("The Content-Type must be application/json.", 415)
+                raise HTTPException(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
 
-    async def _ask(self, path: str, headers: Headers, receive, send) -> None:
-        """Answers a request, and drops it if the client closes the connection."""
+    async def ask(self, request: Request) -> Response:
+        """Answers a request, or drops it if the client closes the connection."""
+        # Without asking first, a page of another site can send text, forms, and bodies without a type.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "The Content-Type must be application/json.")
         if not self.is_ready:
-            raise Refusal(LOADING, 503, **RETRY)
-        if int(headers.get("content-length", 0)) > MAX_BODY:
-            raise TOO_LARGE
-        data, failure, is_open = bytearray(), None, False
-        try:
-            await self._read(receive, data)
-            if self.open >= self.max_requests:
-                raise Refusal(f"{self.open} requests are being answered or wait.", 429, **RETRY)
-            self.open, is_open = self.open + 1, True
-            async with anyio.create_task_group() as group:
+            await self.health(request)
+        data, held, response, stack = bytearray(), 0, None, request.scope["stack"]
 
-                async def watch() -> None:
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
-                    group.cancel_scope.cancel()
+        def hold(count: int) -> None:
+            nonlocal held
+            held, self.held = held + count, self.held + count
+            if held > MAX_BODY:
+                raise HTTPException(413, f"A request must have at most {MAX_BODY} bytes, with its images.")
+            if self.held > MAX_HELD:
+                raise HTTPException(429, "All requests together are too large at the moment.", RETRY)
 
-                group.start_soon(watch)
-                try:
-                    await self._answer(path, data, send)
-                except (Refusal, TimeoutError) as error:
-                    failure = error
+        def release() -> None:
+            self.held -= held
+
+        stack.callback(release)
+        with anyio.move_on_after(BODY_SECONDS) as reading:
+            async for part in request.stream():
+                hold(len(part))
+                data += part
+        if reading.cancelled_caught:
+            raise HTTPException(408, f"A request must arrive in {BODY_SECONDS} seconds.")
+        if self.places.locked():
+            raise HTTPException(429, f"{self.max_requests} requests are being answered or wait.", RETRY)
+        await stack.enter_async_context(self.places)
+        async with anyio.create_task_group() as group:
+
+            async def watch() -> None:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
                 group.cancel_scope.cancel()
-        finally:
-            self.open, self.held = self.open - is_open, self.held - len(data)
-        if failure:
-            raise failure
 
-    async def _read(self, receive, data: bytearray) -> None:
-        """Appends a request's body to `data`."""
-        with anyio.move_on_after(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Refusal("The client closed the connection.", 499)
-                data += message["body"]
-                self.held += len(message["body"])
-                if len(data) > MAX_BODY:
-                    raise TOO_LARGE
-                if self.held > MAX_HELD:
-                    raise Refusal("All requests together are too large at the moment.", 429, **RETRY)
-                if not message["more_body"]:
-                    return
-        raise Refusal(f"A request must arrive in {BODY_SECONDS} seconds.", 408)
+            group.start_soon(watch)
+            try:
+                response = await self._answer(request, data, hold)
+            except HTTPException as error:
+                response = response_of(error)
+            group.cancel_scope.cancel()
+        if response is None:
+            raise ClientDisconnect
+        return response
 
-    async def _answer(self, path: str, data: bytes, send) -> None:
+    async def _answer(self, request: Request, data: bytes, hold: Callable[[int], None]) -> Response:
+        path, stack = request.scope["path"], request.scope["stack"]
         body = {**self.engine.defaults, **await anyio.to_thread.run_sync(parse, path, data)}
         if body.pop("model", self.name) != self.name:
-            raise Refusal(f"The model here is {self.name!r}.", 404)
+            raise HTTPException(404, f"The model here is {self.name!r}.")
         self.engine.check(body)
         await anyio.to_thread.run_sync(check_text, body, self.engine)
         is_stream, options = body.pop("stream", False), body.pop("stream_options", {})
-        pixels = await self.pictures.inline(body.get("messages", []))
+        pixels = await self.pictures.inline(body.get("messages", []), hold)
         if pixels and not self.engine.takes_pictures:
-            raise Refusal("This model does not take images.")
+            raise HTTPException(400, "This model does not take images.")
         requests = self.engine.requests(path, body, is_stream)
-        async with self.large if pixels > LARGE else nullcontext(), self.slots:
-            self.computing += 1
-            try:
-                async with aclosing(self._events(path, requests)) as events:
-                    if is_stream:
-                        await self._stream(events, send, options.get("include_usage"))
-                    else:
-                        answer = self.engine.join(path, [event async for event in events])
-                        await JSONResponse({**answer, "model": self.name})({"type": "http"}, None, send)
-            finally:
-                self.computing -= 1
+        with WAITING.track_inprogress():
+            if pixels > LARGE:
+                await stack.enter_async_context(self.large)
+            await stack.enter_async_context(self.slots)
+        stack.enter_context(RUNNING.track_inprogress())
+        events = await stack.enter_async_context(aclosing(self._events(path, requests)))
+        if not is_stream:
+            answer = self.engine.join(path, [event async for event in events])
+            return JSONResponse({**answer, "model": self.name})
+        parts = self._parts(events, options.get("include_usage"))
+        first = await anext(parts) + await anext(parts)  # until then, an error has a status of its own
+
+        async def stream():
+            yield first
+            async for part in parts:
+                yield part
+
+        return StreamingResponse(stream(), headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
 
     async def _events(self, path: str, requests: list[dict]):
-        """The engine's answer: the parts of a stream, or one object. Raises a `Refusal` instead of an error."""
+        """The engine's answer: the parts of a stream, or one object. Raises an `HTTPException` for an error."""
         for number, request in enumerate(requests):
             try:
                 async with self.client.stream("POST", path, json=request) as response:
                     if response.status_code != 200:
                         raise refusal_of((await response.aread()).decode(), response.status_code)
                     if not request["stream"]:
-                        yield self._count(json.loads(await response.aread()))
+                        yield count_tokens(json.loads(await response.aread()))
                         continue
                     async for line in response.aiter_lines():
                         text = line.removeprefix("data: ")
                         if text.startswith('{"error"'):
                             raise refusal_of(text, 400)
                         if text.startswith("{"):
-                            event = self._count(json.loads(text))
+                            event = count_tokens(json.loads(text))
                             for choice in event["choices"]:
                                 choice["index"] += number
                             yield {**event, "model": self.name}
             except httpx.TransportError as error:
-                raise Refusal(f"The engine does not answer: {error or type(error).__name__}", 502) from None
-
-    def _count(self, event: dict) -> dict:
-        for kind in ("prompt", "completion"):
-            self.tokens.labels(kind).inc((event.get("usage") or {}).get(f"{kind}_tokens") or 0)
-        return event
-
-    async def _stream(self, events, send, include_usage: bool | None) -> None:
-        """Sends a stream as it comes, from the second part on: until then, an error has a status of its own."""
-        parts = self._parts(events, include_usage)
-        first = await anext(parts) + await anext(parts)
-        headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": first, "more_body": True})
-        async for part in parts:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+                reason = f"The engine does not answer: {error or type(error).__name__}"
+                raise HTTPException(502, reason) from None
 
     async def _parts(self, events, include_usage: bool | None):
         usage, event, count = {}, {}, 0
@@ -269,35 +251,60 @@ class Gateway:
                     yield as_part(event)
             if include_usage:
                 yield as_part({**event, "choices": [], "usage": usage})
-        except Refusal as error:
+        except HTTPException as error:
             if count < 2:
                 raise
-            yield as_part(error.body)
+            yield as_part(body_of(error))
         yield b"data: [DONE]\n\n"
 
-    async def health(self) -> Response:
+    async def health(self, request: Request | None = None) -> Response:
         try:
             response = await self.client.get("/health", timeout=HEALTH_SECONDS)
         except httpx.TransportError as error:
             reason = f"The engine does not answer: {error or type(error).__name__}"
-            raise Refusal(reason if self.is_ready else LOADING, 503, **RETRY) from None
+            raise HTTPException(503, reason if self.is_ready else "The model is being loaded.", RETRY) from None
         if response.status_code != 200:
             raise refusal_of(response.text, 503)
         return JSONResponse({"status": "ok"})
 
-    async def metrics(self) -> Response:
-        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "step3-vl"}
         return JSONResponse({"object": "list", "data": [{**model, "max_model_len": self.engine.context}]})
+
+
+def count_tokens(event: dict) -> dict:
+    for kind in ("prompt", "completion"):
+        TOKENS.labels(kind).inc((event.get("usage") or {}).get(f"{kind}_tokens") or 0)
+    return event
 
 
 def as_part(event: dict) -> bytes:
     return f"data: {json.dumps(event)}\n\n".encode()
 
 
-def refusal_of(text: str, status: int) -> Refusal:
+def body_of(error: HTTPException) -> dict:
+    kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return {"error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}}
+
+
+def response_of(error: HTTPException) -> JSONResponse:
+    if error.status_code >= 500:
+        logger.error(error.detail)
+    return JSONResponse(body_of(error), error.status_code, error.headers)
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        error = HTTPException(499, "The client closed the connection.")
+    elif not isinstance(error, HTTPException):
+        error = HTTPException(500, "The server failed; its log says why.")
+    return response_of(error)
+
+
+def refusal_of(text: str, status: int) -> HTTPException:
     """An engine's error, of whichever shape."""
     try:
         value = json.loads(text)
@@ -308,4 +315,4 @@ def refusal_of(text: str, status: int) -> Refusal:
             status = value["code"] if isinstance(value.get("code"), int) else status
             value = value.get(key, value)
     reason = str(value) or "The engine gave no reason."
-    return Refusal(reason, 500 if reason.startswith(FAILED) else status)
+    return HTTPException(500 if reason.startswith(FAILED) else status, reason)

@@ -73,7 +73,14 @@ models: [{repo_id}]
 
 A page on which to ask [{repo_id}](https://huggingface.co/{repo_id}) about pictures.
 """,
-    "app.py": 'from page import launch\n\n\nlaunch("{repo_id}", trust_remote_code=True)\n',
+    "app.py": """from page import Local, launch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+processor = AutoProcessor.from_pretrained("{repo_id}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}", device_map="auto", trust_remote_code=True)
+launch(Local(model, processor), processor, "{name}")
+""",
     "requirements.txt": "accelerate\npillow\ntorch>=2.8\ntransformers>=5.19,<6\n",
 }
 CONTENTS = {

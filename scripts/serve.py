@@ -9,7 +9,6 @@ Clients need the key in the environment variable STEP3_API_KEY, if there is one.
 import argparse
 import asyncio
 import ctypes
-import importlib.util
 import json
 import os
 import shlex
@@ -21,8 +20,6 @@ import tempfile
 from pathlib import Path
 
 
-# Of the extra `serve`; checked before they are imported.
-NEEDED = ("openai", "prometheus_client", "pydantic", "starlette", "uvicorn")
 # Seconds that an engine has to stop after a signal.
 PATIENCE = 10
 PR_SET_PDEATHSIG = 1  # of Linux
@@ -71,15 +68,19 @@ def stop(engine: subprocess.Popen) -> None:
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """A socket that listens, and its URL for a client on this machine. Raises an `OSError` if that is not possible."""
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    """A socket that listens, and its URL for a client on this machine. Raises a `ValueError` if that is impossible."""
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = f"Port {port} of {host} is taken or not available; choose another. ({error})"
+        raise ValueError(reason) from None
     name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return listener, f"http://{name}:{listener.getsockname()[1]}"
 
 
 async def run(server, gateway, listener: socket.socket, engine: subprocess.Popen, told: str) -> int | None:
     """Serves until a signal comes or the engine stops. Returns the engine's status, or None after a signal."""
-    from request_guard import Refusal
+    from starlette.exceptions import HTTPException
 
     async def watch() -> None:
         while engine.poll() is None:
@@ -88,7 +89,7 @@ async def run(server, gateway, listener: socket.socket, engine: subprocess.Popen
                     await gateway.health()
                     gateway.is_ready = True
                     print(told, flush=True)
-                except Refusal:  # models can take long to load
+                except HTTPException:  # models can take long to load
                     pass
             await asyncio.sleep(0.5)
         server.should_exit = True
@@ -99,72 +100,53 @@ async def run(server, gateway, listener: socket.socket, engine: subprocess.Popen
     return engine.poll()
 
 
-def serve(arguments: argparse.Namespace) -> str | None:
-    """Serves until a signal comes. Returns what is wrong, if it is not possible."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        return f'Serving needs {", ".join(missing)}: pip install "step3-vl[serve]"'
-    from checkpoint_files import CheckpointError, read_checkpoint
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves until a signal comes. Raises an `OSError` or `ValueError` if it is not possible or the engine stops."""
+    from checkpoint_files import read_checkpoint
     from gateway import Gateway, web_server
     from request_guard import Pictures
-    from serving_engines import ENGINES, ServingError
+    from serving_engines import ENGINES
 
-    directory = Path(os.path.abspath(arguments.directory))
+    directory, key = Path(os.path.abspath(arguments.directory)), os.environ.get("STEP3_API_KEY")
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
-        return f"{directory} holds a LoRA adapter, which no engine serves alone; merge it: finetune.py --merge."
+        raise ValueError(f"{directory} holds a LoRA adapter, which no engine serves; merge it: finetune.py --merge.")
     installed = [name for name in ENGINES if ENGINES[name].is_installed()]
     kind = arguments.engine or next(iter(installed), "transformers")
     if kind not in installed:
-        return f"--engine must be one of {', '.join(ENGINES)} and installed here, got {kind}."
-    key = os.environ.get("STEP3_API_KEY")
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)} and installed here, got {kind}.")
     if key == "":
-        return "STEP3_API_KEY is empty; unset it, or set it to a key."
-    try:
-        checkpoint = read_checkpoint(directory)
-    except CheckpointError as error:
-        return str(error)
-    try:
-        listener, url = listen(arguments.host, arguments.port)
-    except OSError as error:
-        return f"Port {arguments.port} of {arguments.host} is taken or not available; choose another. ({error})"
+        raise ValueError("STEP3_API_KEY is empty; unset it, or set it to a key.")
     if key is None and arguments.host not in ("127.0.0.1", "::1", "localhost"):
         print("Warning: anyone who reaches this machine can ask. Set STEP3_API_KEY to a key.", file=sys.stderr)
-    name = arguments.name or directory.name
-    with tempfile.TemporaryDirectory(prefix="step3-") as folder, listener:
-        try:
-            engine = ENGINES[kind](checkpoint, arguments.thinking)
-            command, environment = engine.command(f"{folder}/engine", arguments.options)
-        except ServingError as error:
-            return str(error)
+    engine, name = ENGINES[kind](read_checkpoint(directory), arguments.thinking), arguments.name or directory.name
+    with tempfile.TemporaryDirectory(prefix="step3-") as folder:
+        command, environment = engine.command(f"{folder}/engine", arguments.options)
+        listener, url = listen(arguments.host, arguments.port)
         gateway = Gateway(
             engine=engine,
             socket=f"{folder}/engine",
             name=name,
-            pictures=Pictures(arguments.pictures_from, tuple(arguments.pictures_from_host)),
+            pictures=Pictures(arguments.pictures_from, tuple(map(str.lower, arguments.pictures_from_host))),
             key=key,
             hosts=[host.lower() for host in (arguments.host, socket.gethostname(), *arguments.allow_host)],
             max_requests=arguments.max_requests or engine.max_requests,
         )
         server = web_server(gateway)
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, server.handle_exit)
-        print("Starting:", shlex.join(command), file=sys.stderr, flush=True)
-        process = start(command, environment)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
         header = '-H "Authorization: Bearer $STEP3_API_KEY" ' if key else ""
         told = f"{TOLD}{TEXT_REQUEST}{PICTURE_REQUEST * engine.takes_pictures}".format(
             url=url, name=json.dumps(name), body=shlex.quote(body), header=header
         )
+        print("Starting:", shlex.join(command), file=sys.stderr, flush=True)
+        process = start(command, environment)
         try:
             status = asyncio.run(run(server, gateway, listener, process, told))
         finally:
             stop(process)
-    return None if status is None else f"The engine stopped with status {status}."
-
-
-def port_number(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**16:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535, got {text}")
-    return int(text)
+    if status is not None:
+        raise ValueError(f"The engine stopped with status {status}.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", metavar="NAME", help="vllm or transformers (default: the first that is installed)")
     parser.add_argument("--name", help="the model's name for clients (default: the directory's)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=port_number, default=8000, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
     parser.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="a name of this server")
     parser.add_argument("--max-requests", type=int, metavar="N", help="open at a time, others get status 429")
     parser.add_argument("--thinking", action="store_true", help="let the model reason before it answers")
@@ -189,8 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
     parsed.options = arguments[end + 1 :]
     if parsed.pictures_from and not parsed.pictures_from.is_dir():
         parser.error(f"--pictures-from must be a directory, got {parsed.pictures_from}")
-    if problem := serve(parsed):
-        print(problem, file=sys.stderr)
+    try:
+        serve(parsed)
+    except ModuleNotFoundError as error:
+        print(f'Serving needs {error.name}: pip install "step3-vl[serve]"', file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
         return 1
     print("Stopped.", file=sys.stderr)
     return 0

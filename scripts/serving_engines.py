@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from checkpoint_files import Checkpoint, Step3VLConfig
 from engines import MAX_AMX_HEADS, RELEASED_SIZES, picture_sizes, query_heads_per_group
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
-from request_guard import Refusal
+from starlette.exceptions import HTTPException
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 
@@ -23,16 +22,22 @@ TOOL_TOKENS = ("<｜tool_calls_begin｜>", "<｜tool_call_begin｜>", "<｜tool_
 THINK_START, THINK_END = "<think>", "</think>"
 
 
-class ServingError(Exception):
-    """Says why a directory cannot be served."""
-
-
 @dataclass
-class Engine(ABC):
-    """An engine that serves one checkpoint with the OpenAI API on a socket in the file system."""
+class Engine:
+    """
+    An engine that serves one checkpoint with the OpenAI API on a socket in the file system. Its class has a static
+    method `is_installed`, and `command`, which returns the command that starts it on a socket with more options, and
+    the environment variables to add, or raises a `ValueError` if it cannot serve the checkpoint.
+    """
 
     checkpoint: Checkpoint
     thinks: bool = False
+
+    name, title = "", ""
+    # Requests that it computes at a time, and that may be open.
+    slots, max_requests = 1, 1
+    # Fields that it ignores, and their values that it obeys nevertheless.
+    unsupported = {}
 
     def __post_init__(self):
         config, directory = self.checkpoint.config, self.checkpoint.directory
@@ -41,8 +46,10 @@ class Engine(ABC):
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         added = self.tokenizer.added_tokens_decoder.items()
         self.special_tokens = {token.content: number for number, token in added if token.special}
-        image_token = self.takes_pictures and self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-        self.image_token = image_token or None
+        self.image_token = None
+        if self.takes_pictures:
+            self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+            self.special_tokens[self.image_token] = config.image_token_id
         has_settings = (directory / "generation_config.json").exists()
         settings = GenerationConfig.from_pretrained(directory) if has_settings else GenerationConfig()
         # What a request that leaves a field out means, so that it means the same for each engine.
@@ -54,31 +61,15 @@ class Engine(ABC):
             "repetition_penalty": settings.repetition_penalty or 1.0,
         } | ({"max_tokens": settings.max_new_tokens} if settings.max_new_tokens else {})
 
-    name, title = "", ""
-    # Requests that it computes at a time, and that may be open.
-    slots, max_requests = 1, 1
-    # Fields that it ignores, and their values that it obeys nevertheless.
-    unsupported = {}
-
-    @staticmethod
-    @abstractmethod
-    def is_installed() -> bool: ...
-
-    @abstractmethod
-    def command(self, socket: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
-        """
-        The command that starts it and the environment variables to add. Raises a `ServingError` if it cannot serve the
-        checkpoint.
-        """
-
     def check(self, body: dict) -> None:
-        """Removes the fields that it ignores. Raises a `Refusal` if they would have an effect."""
+        """Removes the fields that it ignores. Raises an `HTTPException` if they would have an effect."""
         for name, value in self.unsupported.items():
             if json.dumps(body.pop(name, value)) != json.dumps(value):
                 others = [engine.title for engine in ENGINES.values() if name not in engine.unsupported]
-                raise Refusal(f"{self.title} does not support this value of `{name}`; {' and '.join(others)} does.")
+                reason = f"{self.title} does not support this value of `{name}`; {' and '.join(others)} does."
+                raise HTTPException(400, reason)
         if body.get("chat_template_kwargs", {}).get("enable_thinking") and THINK_END not in self.tokenizer.get_vocab():
-            raise Refusal(f"This model does not reason: it has no token {THINK_END}.")
+            raise HTTPException(400, f"This model does not reason: it has no token {THINK_END}.")
 
     def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
         """The requests to send one after the other."""
@@ -116,7 +107,7 @@ class TransformersEngine(Engine):
 
     def command(self, socket: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
         if any(option.startswith("--continuous-batching") for option in options):
-            raise ServingError(
+            raise ValueError(
                 "--continuous-batching applies the settings of the first request to all, and one failure ends it; "
                 "use vLLM to serve several requests at a time."
             )
@@ -128,16 +119,14 @@ class TransformersEngine(Engine):
         super().check(body)
         prompts = body.get("prompt", "")
         if not isinstance(prompts, str) and not isinstance(prompts[0], str):
-            raise Refusal(f"{self.title} does not take token ids; vLLM does.")
+            raise HTTPException(400, f"{self.title} does not take token ids; vLLM does.")
 
     def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
-        settings = {
-            "max_new_tokens": body.get("max_tokens", self.context),
-            "repetition_penalty": body["repetition_penalty"],
-        }
-        settings["do_sample"] = body["temperature"] > 0
-        if settings["do_sample"]:
-            settings |= {name: body[name] for name in ("temperature", "top_p", "top_k", "min_p")}
+        temperature, others = body["temperature"], ("top_p", "top_k", "min_p")
+        settings = {"max_new_tokens": body.get("max_tokens", self.context), "do_sample": temperature > 0}
+        settings["repetition_penalty"] = body["repetition_penalty"]
+        if temperature > 0:  # below 0.01, as in vLLM, the logits would overflow
+            settings |= {"temperature": max(temperature, 0.01), **{name: body[name] for name in others}}
         if body.get("logit_bias"):
             settings["sequence_bias"] = [[[token], bias] for token, bias in body["logit_bias"].items()]
         kept = {name: body[name] for name in ("tools", "chat_template_kwargs", "seed") if name in body}
@@ -205,16 +194,8 @@ class VLLMEngine(Engine):
     def command(self, socket: str, options: list[str]) -> tuple[list[str], dict[str, str]]:
         self._check_processor()
         config = self.checkpoint.config
-        command = [
-            self.find(),
-            "serve",
-            str(self.checkpoint.directory),
-            "--uds",
-            socket,
-            "--served-model-name",
-            "model",
-        ]
-        command += ["--disable-uvicorn-access-log", *self._parsers()]
+        command = [self.find(), "serve", str(self.checkpoint.directory), "--uds", socket, *self._parsers()]
+        command += ["--served-model-name", "model", "--disable-uvicorn-access-log"]
         if config.dtype is not None:
             command += ["--dtype", str(config.dtype).removeprefix("torch.")]
         if self.sizes:
@@ -229,7 +210,7 @@ class VLLMEngine(Engine):
             return
         heads = query_heads_per_group(self.checkpoint.config)
         if is_for_cpu and has_amx and heads > MAX_AMX_HEADS:
-            raise ServingError(
+            raise ValueError(
                 f"vLLM's CPU build fails on a processor with AMX if more than {MAX_AMX_HEADS} query heads share a "
                 f"key/value head; here {heads} do. Use --engine transformers, a GPU or a processor without AMX."
             )
@@ -238,7 +219,7 @@ class VLLMEngine(Engine):
         """Options for tool calls, if the tokenizer has their tokens, and for reasoning, if the prompt starts it."""
         tokenizer, directory = self.tokenizer, self.checkpoint.directory
         if not tokenizer.chat_template:
-            raise ServingError(f"{directory}: has no chat template, which vLLM needs; save the processor there.")
+            raise ValueError(f"{directory}: has no chat template, which vLLM needs; save the processor there.")
         vocabulary = tokenizer.get_vocab()
         messages, extra = [{"role": "user", "content": "Hello"}], {"enable_thinking": True} if self.thinks else {}
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **extra)
@@ -247,14 +228,12 @@ class VLLMEngine(Engine):
             options += ["--enable-auto-tool-choice", "--tool-call-parser", "step3"]
         # vLLM removes special tokens before it looks for the end of the reasoning. If the prompt does not start
         # reasoning, there is no end, and the whole answer would count as reasoning.
-        can_end = THINK_END in vocabulary and not tokenizer.added_tokens_decoder[vocabulary[THINK_END]].special
+        can_end = THINK_END in vocabulary and THINK_END not in self.special_tokens
         if prompt.rstrip().endswith(THINK_START) and can_end:
             options += ["--reasoning-parser", "step3"]
         elif self.thinks:
-            needed = (
-                f"a template that starts answers with {THINK_START}, and {THINK_END} as a token that is not special"
-            )
-            raise ServingError(f"--thinking needs {needed}.")
+            needed = f"starts answers with {THINK_START}, and {THINK_END} as a token that is not special"
+            raise ValueError(f"--thinking needs a template that {needed}.")
         if self.thinks:
             options += ["--default-chat-template-kwargs", '{"enable_thinking": true}']
         return options
@@ -262,9 +241,8 @@ class VLLMEngine(Engine):
     def check(self, body: dict) -> None:
         super().check(body)
         if body.get("chat_template_kwargs", {}).get("enable_thinking", self.thinks) != self.thinks:
-            raise Refusal(
-                "vLLM reasons always or never, as the server was started; transformers serve lets you choose."
-            )
+            reason = "vLLM reasons always or never, as the server was started; transformers serve lets you choose."
+            raise HTTPException(400, reason)
 
     def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
         if is_stream:

@@ -17,7 +17,7 @@ constraints=scripts/constraints.txt
 extras=test,notebook,serve,export
 if [ -n "$tuning" ]; then
   extras=test,finetune,quantize
-  set -- tests/test_finetune.py tests/test_quantisation.py tests/test_processing_step3.py "$@"
+  set -- tests/test_finetune.py tests/test_quantisation.py tests/test_quantise.py tests/test_processing_step3.py "$@"
 fi
 if [ -n "$page" ]; then
   # gradio does not take the pinned pillow yet.

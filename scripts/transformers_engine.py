@@ -39,17 +39,24 @@ class Config(uvicorn.Config):
         super().__init__(app, uds=os.environ["STEP3_ENGINE_SOCKET"], log_level="warning")
 
 
-def marking_failures(generate):
-    """The server sends the text of any error in a stream: this one says which errors are not the client's fault."""
+def with_limits(generate):
+    """
+    `generate` for the server, which says that an answer is cut if it has as many tokens as its settings allow, and
+    sends the text of any error in a stream: this one's settings allow no more than the model's positions, and its
+    errors say which are not the client's fault.
+    """
 
     @functools.wraps(generate)
-    def marked(*arguments, **options):
+    def limited(model, *, input_ids, generation_config, **options):
+        if limit := model.config.get_text_config().longest_sequence:
+            room = max(limit - input_ids.shape[1], 1)
+            generation_config.max_new_tokens = min(generation_config.max_new_tokens, room)
         try:
-            return generate(*arguments, **options)
+            return generate(model, input_ids=input_ids, generation_config=generation_config, **options)
         except (RuntimeError, MemoryError, TypeError, AttributeError, LookupError) as error:
             raise RuntimeError(f"{FAILED}: {type(error).__name__}: {error}") from error
 
-    return marked
+    return limited
 
 
 def set_up() -> None:
@@ -66,7 +73,7 @@ def set_up() -> None:
     serving._RESPONSE_TEMPLATE_FALLBACKS["step3_vl", "step3_text"] = {**RESPONSE_TEMPLATE, "fields": fields}
     transformers.Step3TextForCausalLM = step3_vl.Step3TextForCausalLM  # the server looks up a text model's class here
     for model in (step3_vl.Step3VLForConditionalGeneration, step3_vl.Step3TextForCausalLM):
-        model.generate = marking_failures(model.generate)
+        model.generate = with_limits(model.generate)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def space(tmp_path_factory) -> Path:
     from push_to_hub import SPACE
 
     directory = tmp_path_factory.mktemp("space")
-    (directory / "app.py").write_text(SPACE["app.py"].format(repo_id=TINY))
+    (directory / "app.py").write_text(SPACE["app.py"].format(repo_id=TINY, name="space"))
     shutil.copy(ROOT / "scripts" / "app.py", directory / "page.py")
     return directory
 

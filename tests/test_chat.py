@@ -214,7 +214,7 @@ def ask(tmp_path, monkeypatch, capsys):
 @pytest.mark.releases
 def test_interrupted_requests_are_each_answered_once_in_their_order(ask, scenes, tmp_path, monkeypatch):
     requests, output = tmp_path / "requests.jsonl", tmp_path / "out" / "answers.jsonl"
-    turns = [[QUESTIONS[0]], ["Hello"], [*QUESTIONS, QUESTIONS[0]], ["Which is that? " * 20], [QUESTIONS[1]]]
+    turns = [[QUESTIONS[0]], ["Hello"], [*QUESTIONS, QUESTIONS[0]], ["Thank you. " * 20], [QUESTIONS[1]]]
     used, rows, expected = [[0], [], [1, 2], [], [2]], [], []
     for number, (texts, images) in enumerate(zip(turns, used)):
         texts = ["<image>" * len(images) + texts[0], *texts[1:]]

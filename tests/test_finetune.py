@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from io import BytesIO
 
 import pytest
@@ -436,8 +437,11 @@ def test_an_interrupted_training_says_how_to_go_on(folder):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.poll() is None and not (folder / "broken_off" / "data").exists():
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
+    errors = None
+    while errors is None:  # an import may swallow the first one
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "finetune.py: interrupted: resume with --resume" in errors.splitlines()
 

@@ -45,7 +45,7 @@ def test_it_prints_what_is_committed_and_that_is_true(tmp_path, monkeypatch):
         [line for line in printed(notebook).splitlines() if "|" not in line] for notebook in (committed, executed)
     )
     assert lines == before
-    assert num_pictures(executed) == num_pictures(committed) == 6
+    assert num_pictures(executed) == num_pictures(committed) == 7
     assert not [output for output in outputs(executed) if output.get("name") == "stderr"]
     assert [cell.execution_count for cell in code_cells(committed)] == list(range(1, len(code_cells(committed)) + 1))
     answer, truth = (re.search(rf"(?m)^{name}: +(.+)$", printed(executed))[1] for name in ("answer", "truth"))

@@ -97,7 +97,7 @@ def test_the_installed_command(step3, picture):
     help = step3("--help")
     assert help.returncode == 0, help.stderr
     listed = re.findall(r"^  (\w+) +[A-Z].+\.$", help.stdout, flags=re.MULTILINE)
-    names = "convert plan describe chat answer data finetune serve app push experts quantise export"
+    names = "convert plan describe chat answer data finetune serve app push experts quantise export onnx"
     assert listed == names.split()
     assert step3("convert", "--help").stdout.startswith("usage: step3 convert [-h] [--check]")
     checked = step3("convert", TINY, "--check")

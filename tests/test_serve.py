@@ -13,14 +13,12 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -39,10 +37,10 @@ import uvicorn
 from conftest import ROOT, VLLM_HOME, needs_vllm, run
 from describe import TINY
 from draw_scene import draw_scene
-from evaluate_tiny import fresh_scenes
+from evaluate_tiny import answer_conversations, fresh_conversations, fresh_scenes
 from gateway import Gateway, web_server
 from make_random_model import make_random_model, make_tokenizer
-from request_guard import MAX_BODY
+from request_guard import MAX_BODY, Pictures
 from serving_engines import THINK_END, THINK_START, TOOL_TOKENS, Engine, VLLMEngine
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
@@ -54,6 +52,7 @@ ENGINES = ["transformers", pytest.param("vllm", marks=[needs_vllm, pytest.mark.e
 each_engine = pytest.mark.parametrize("server", ENGINES, indirect=True)
 JSON = {"Content-Type": "application/json"}
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+POST = "POST {} HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\n"
 
 
 def command(engine: str, *arguments) -> list[str]:
@@ -73,15 +72,8 @@ def as_url(image, kind: str = "PNG") -> str:
 
 
 def huge_picture(side: int) -> str:
-    """A PNG of few bytes and many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    pixels = zlib.compress(bytes((side // 8 + 1) * side), 9)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """An image file of few bytes and many pixels, which are missing."""
+    return f"data:image/x;base64,{base64.b64encode(f'P4 {side} {side} '.encode()).decode()}"
 
 
 def picture(url: str) -> dict:
@@ -159,25 +151,13 @@ def server(request, tmp_path_factory):
     server.stop()
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look",
-        "description": "Looks at a place.",
-        "parameters": {"type": "object", "properties": {"at": {"type": "string"}, "times": {"type": "integer"}}},
-    },
-}
+PLACE = {"type": "object", "properties": {"at": {"type": "string"}, "times": {"type": "integer"}}}
+TOOL = {"type": "function", "function": {"name": "look", "description": "Looks at a place.", "parameters": PLACE}}
+LOOK = {"name": "look", "arguments": {"at": "the top", "times": 2}}
 ASKED, GREETED = {"role": "user", "content": "What is there?"}, {"role": "user", "content": "Hello"}
-CALLED = {
-    "role": "assistant",
-    "tool_calls": [
-        {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "the top", "times": 2}}}
-    ],
-}
-SEEN, TOLD = (
-    {"role": "tool", "tool_call_id": "1", "content": "a star"},
-    {"role": "assistant", "reasoning_content": "Seen.", "content": "A star."},
-)
+CALLED = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": LOOK}]}
+SEEN = {"role": "tool", "tool_call_id": "1", "content": "a star"}
+TOLD = {"role": "assistant", "reasoning_content": "Seen.", "content": "A star."}
 THOUGHT = {"role": "assistant", "reasoning_content": "Be brief.", "content": "Hi."}
 
 
@@ -231,21 +211,20 @@ def test_tools_and_thoughts_go_round(engine, parrot, tmp_path):
         reasoning = getattr(thought, "reasoning_content", None) or thought.reasoning
         assert (reasoning, thought.content) == ("Be brief.", "Hi.")
         choice = create(messages=[ASKED], tools=[TOOL]).choices[0]
-        assert choice.message.tool_calls, choice
         (call,) = choice.message.tool_calls
         assert choice.finish_reason == "tool_calls" and call.function.name == "look"
-        assert json.loads(call.function.arguments) == {"at": "the top", "times": 2}
+        assert json.loads(call.function.arguments) == LOOK["arguments"]
         turns = [ASKED, {"role": "assistant", "tool_calls": [call.model_dump()]}, {**SEEN, "tool_call_id": call.id}]
         answer = create(messages=turns, tools=[TOOL]).choices[0].message
         assert answer.content == TOLD["content"] and not answer.tool_calls
         parts = create(messages=[ASKED], tools=[TOOL], stream=True)
         calls = [call.function for part in parts if part.choices for call in part.choices[0].delta.tool_calls or []]
         assert "".join(call.name or "" for call in calls) == "look"
-        assert json.loads("".join(call.arguments or "" for call in calls)) == {"at": "the top", "times": 2}
+        assert json.loads("".join(call.arguments or "" for call in calls)) == LOOK["arguments"]
         # Reasoning and text beside a call stay in the prompt.
         turns[1] |= {"content": "I look.", "reasoning_content": "It is dark."}
         usage = create(messages=turns, tools=[TOOL]).usage
-        turns[1]["tool_calls"][0]["function"]["arguments"] = {"at": "the top", "times": 2}
+        turns[1]["tool_calls"][0]["function"]["arguments"] = LOOK["arguments"]
         options = {"tools": [TOOL], "enable_thinking": True, "add_generation_prompt": True, "tokenize": True}
         wanted = AutoProcessor.from_pretrained(parrot).apply_chat_template(turns, return_dict=True, **options)
         assert usage.prompt_tokens == len(wanted["input_ids"][0])
@@ -270,21 +249,40 @@ def test_fresh_scenes_are_answered_right(server):
 
 @each_engine
 def test_several_pictures_and_turns_reach_the_model(server):
-    text, scenes = {"type": "text", "text": QUESTION}, (SCENE, draw_scene(7, "wide"), draw_scene(8, "square"))
-    turns = [
-        {"role": "system", "content": "You see pictures."},
-        {"role": "user", "content": [{"type": "image", "image": SCENE.image}, text]},
-        {"role": "assistant", "content": ANSWER},
-        {"role": "user", "content": [*({"type": "image", "image": scene.image} for scene in scenes), text]},
-    ]
-    processor = AutoProcessor.from_pretrained(TINY)
-    wanted = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
-    for turn in turns:
-        for part in turn["content"] if isinstance(turn["content"], list) else []:
-            if "image" in part:
-                part.update(type="image_url", image_url={"url": as_url(part.pop("image"))})
-    answer = server.create(messages=turns, max_tokens=4)
+    scenes = (SCENE, draw_scene(7, "wide"), draw_scene(8, "square"))
+
+    def turns(part) -> list[dict]:
+        pictures, text = [part(scene.image) for scene in scenes], {"type": "text", "text": QUESTION}
+        return [
+            {"role": "system", "content": "You see pictures."},
+            {"role": "user", "content": [pictures[0], text]},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "user", "content": [*pictures, text]},
+        ]
+
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    given = turns(lambda image: {"type": "image", "image": image})
+    wanted = AutoProcessor.from_pretrained(TINY).apply_chat_template(given, **options)
+    answer = server.create(messages=turns(lambda image: picture(as_url(image))), max_tokens=4)
     assert answer.usage.prompt_tokens == len(wanted["input_ids"][0])
+
+
+@each_engine
+def test_conversations_are_answered_as_generate_does(server):
+    """About two pictures or more, which come at any turn."""
+    model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    conversations = [turns for turns in fresh_conversations(17, 30) if turns[-1].pictures > 1][:8]
+    for turns, answers in zip(conversations, answer_conversations(model, processor, conversations)):
+        messages = []
+        for turn, expected in zip(turns, answers):
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else picture(as_url(part.image))
+                for part in turn.content
+            ]
+            messages.append({"role": "user", "content": content})
+            answer = server.create(messages=messages, max_tokens=64).choices[0].message.content
+            assert answer == expected.answer
+            messages.append({"role": "assistant", "content": answer})
 
 
 @each_engine
@@ -319,10 +317,14 @@ def test_fields_are_obeyed(server):
     sampled = {tuple(texts(max_tokens=8, temperature=2, seed=seed)) for seed in (1, 2, 3, 3)}
     assert len(sampled) == 3
     assert len({tuple(texts(max_tokens=8, temperature=2, top_p=1e-6)) for _ in range(3)}) == 1
+    assert len(texts(max_tokens=1, temperature=1e-40)) == 2
     (first,) = {texts(max_tokens=1, logit_bias={80: 100})[0] for _ in range(2)}
     assert first != greedy[0] and server.ask(GOOD, QUESTION, logit_bias=None, stop=None, n=1) == ANSWER
     short = server.create(**question(GOOD, QUESTION, max_completion_tokens=3)).choices[0]
     assert short.finish_reason == "length" and ANSWER.startswith(short.message.content)
+    # At the end of the context, an answer is cut, or its request refused.
+    status, text = post(server.url + COMPLETE, {"prompt": "A" * 2040, "logit_bias": {"403": -100, "406": -100}})
+    assert '"length"' in text if status == 200 else "2048" in text
     *_, last = server.create(**question(GOOD, QUESTION, stream=True, stream_options={"include_usage": True}))
     assert not last.choices and last.usage.completion_tokens > 3
     assert not any(part.usage for part in server.create(**question(GOOD, QUESTION, stream=True)))
@@ -352,42 +354,41 @@ def test_a_field_is_obeyed_or_refused(server, fields, obeyed):
 @each_engine
 def test_pictures_are_read_from_one_folder_alone(server):
     folder = server.log.parent / "pictures"
-    SCENE.image.save(folder / "scene.png")
-    for url in ("scene.png", str(folder / "scene.png"), (folder / "scene.png").as_uri()):
+    picture, secret = folder / "scene.png", folder.parent / "secret.png"
+    for path in (picture, secret):
+        SCENE.image.save(path)
+    for url in ("scene.png", str(picture), picture.as_uri()):
         assert server.ask(url, QUESTION) == ANSWER
-    SCENE.image.save(folder.parent / "secret.png")
-    (folder / "link.png").symlink_to(folder.parent / "secret.png")
+    (folder / "link.png").symlink_to(secret)
     (folder / "loop.png").symlink_to(folder / "loop.png")
-    reasons = set()
-    secret = (folder.parent / "secret.png").as_uri()
-    for url in ("../secret.png", "link.png", "loop.png", "../nothing.png", secret, "/etc/passwd", "\0", "file://[::1/"):
-        with pytest.raises(openai.BadRequestError) as error:
-            server.ask(url, QUESTION)
-        reasons.add(re.sub(r"'.*?'", "...", error.value.body["message"]))
+    others = ["../secret.png", "link.png", "loop.png", "../nothing.png", "/etc/passwd", "\0", "file://[::1/"]
+    answers = [post(server.url + CHAT, question(url, QUESTION)) for url in [*others, secret.as_uri()]]
+    reasons = {re.sub(r"'.*?'", "...", reason_in(answer)) for answer in answers}
     assert reasons == {"There is no image ... in the directory that images are read from."}
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """A picture, a redirect to it, and a picture that does not end."""
+
+    def do_GET(self):
+        self.send_response(302 if self.path == "/moved" else 200)
+        self.send_header("Location", "/scene.png")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            self.wfile.write(base64.b64decode(GOOD.partition(",")[2]))
+            while self.path == "/endless":
+                self.wfile.write(bytes(2**20))
+
+    def log_message(self, *arguments):
+        pass
 
 
 @pytest.fixture
 def site():
-    """A web site with a picture, a redirect to it, and a picture that does not end."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(302 if self.path == "/moved" else 200)
-            self.send_header("Location", "/scene.png")
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(base64.b64decode(GOOD.partition(",")[2]))
-                while self.path == "/endless":
-                    self.wfile.write(bytes(2**20))
-
-        def log_message(self, *arguments):
-            pass
-
-    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=site.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{site.server_port}"
-    site.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever).start()
+        yield f"http://127.0.0.1:{site.server_port}"
+        site.shutdown()
 
 
 @each_engine
@@ -426,7 +427,7 @@ HOSTILE = {
     "content": (asking(5), "messages.0.content"),
     "part": (asking(["text"]), "messages.0.content.0"),
     "video": (asking([{"type": "video_url"}]), "image_url"),
-    "arguments": (call_with("[1]"), "JSON object"),
+    "arguments": (call_with("[1]"), "object"),
     "surrogate": (asking("\ud800"), "JSON"),
     "surrogate in arguments": (call_with('{"at": "\\ud800"}'), ""),
     "image token": (asking([{"type": "text", "text": "<im_"}, {"type": "text", "text": "patch>"}]), "<im_patch>"),
@@ -443,6 +444,8 @@ HOSTILE = {
     "long": (asking("word " * 1400), "tokens"),
     "long stream": (asking("word " * 1400, stream=True), "tokens"),
     "long text": (asking("x" * 8 * 10**6), "context"),
+    "many values": (b'{"messages": [' + b"[]," * 2**18 + b"[]]}", "values"),
+    "no number": (asking("Hi", tools=[{**TOOL, "function": {"name": "a", "parameters": {"a": 1e999}}}]), "JSON"),
     "long conversation": ({"messages": [GREETED] * 20_000}, "`messages`"),
     "deep": (b'{"tools": ' + b"[" * 950 + b"]" * 950 + b"}", "JSON"),
     "no object": ([1], "object"),
@@ -460,16 +463,19 @@ def test_hostile_requests_end_in_a_reason(server):
         status, _ = answer = post(server.url + CHAT, body)
         assert status in (400, 404, 413) and reason in reason_in(answer), (name, answer[1][:300])
         assert time.monotonic() - start < 10, name
-    assert "<im_patch>" in reason_in(post(server.url + COMPLETE, {"prompt": "<im_patch>"}))
-    assert "/load_model" in reason_in(post(server.url + "/load_model", {"model": "another"}))
+    for prompt, reason in (("<im_patch>", "<im_patch>"), (["x" * 8 * 10**4, *"abcdefghi"], "context")):
+        assert reason in reason_in(post(server.url + COMPLETE, {"prompt": prompt}))
+    assert "Not Found" in reason_in(post(server.url + "/load_model", {"model": "another"}))
     for url in (GOOD.replace("data:image/png", "DATA:image/PNG"), re.sub("(.{76})", "\\1\r\n", GOOD)):
         assert server.ask(url, QUESTION, extra_body={"chat_template_kwargs": None}) == ANSWER
 
 
 @each_engine
 def test_an_abandoned_request_stops(server):
-    body = json.dumps(question(GOOD, QUESTION, max_tokens=1800, logit_bias={"406": -100, "403": -100})).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    ends = AutoProcessor.from_pretrained(TINY).tokenizer.convert_tokens_to_ids(["<|EOT|>", "<｜end▁of▁sentence｜>"])
+    never = dict.fromkeys(map(str, ends), -100)
+    body = json.dumps(question(GOOD, QUESTION, max_tokens=1800, logit_bias=never)).encode()
+    head = f"{POST.format(CHAT)}Content-Length: {len(body)}\r\n\r\n"
     address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
     connections = [socket.create_connection(address) for _ in range(6)]
     for connection in connections:
@@ -491,29 +497,25 @@ def test_an_abandoned_request_stops(server):
 def test_no_end_goes_unnoticed(engine, tmp_path):
     server = Server(engine, tmp_path / "log.txt", TINY, "--host", "::1", "--name", "it's")
     assert server.client.models.list().data[0].id == "it's"
-    engine = server.engine()
+    process = Path(f"/proc/{server.engine()}")
     server.process.kill()  # the engine does not outlive it
     server.process.wait()
     for _ in range(300):
-        if not Path(f"/proc/{engine}").exists() or "Z" in Path(f"/proc/{engine}/stat").read_text().split()[2]:
+        if not process.exists() or "Z" in (process / "stat").read_text().split()[2]:
             break
         time.sleep(0.1)
     else:
         pytest.fail("The engine is still there.")
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_that_stops_is_reported(engine, tmp_path):
     server = Server(engine, tmp_path / "log.txt", TINY)
     os.kill(server.engine(), signal.SIGKILL)
     assert server.process.wait(60) == 1 and "The engine stopped with status" in server.log.read_text()
 
 
 def test_serve_names_what_is_wrong(tmp_path):
-    def serve(*arguments, status: int = 1, **environment: str) -> str:
+    def serve(*arguments, **environment: str) -> str:
         line = command("transformers", *arguments)
         result = subprocess.run(line, capture_output=True, text=True, env={**os.environ, **environment})
-        assert result.returncode == status and "Traceback" not in result.stderr
+        assert result.returncode == 1 and "Traceback" not in result.stderr
         return result.stderr
 
     assert "is not a directory" in serve(tmp_path / "none")
@@ -521,7 +523,7 @@ def test_serve_names_what_is_wrong(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "is taken" in serve(TINY, "--port", taken.getsockname()[1])
-    assert "65535" in serve(TINY, "--port", "80000", status=2)
+    assert "65535" in serve(TINY, "--port", "80000")
     assert "is empty" in serve(TINY, STEP3_API_KEY="")
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "merge it" in serve(tmp_path)
@@ -546,13 +548,6 @@ class MadeUpEngine(Engine):
     def __post_init__(self):
         self.context, self.special_tokens, self.image_token, self.takes_pictures = 1000, {}, None, False
         self.defaults = {"max_tokens": 5}
-
-    @staticmethod
-    def is_installed() -> bool:
-        return True
-
-    def command(self, socket: str, options: list[str]):
-        return [], {}
 
 
 async def answer(request) -> JSONResponse:
@@ -623,7 +618,11 @@ def test_who_may_ask(made_up):
     assert post(url + COMPLETE, body)[0] == post(url + COMPLETE, body, Authorization="Bearer é")[0] == 401
     assert post(url + COMPLETE, body, **key)[0] == post(url + COMPLETE, body, **key, Host="example.org:80")[0] == 200
     assert post(url + COMPLETE, body, **key, Host="example.com")[0] == 403
-    assert post(url + COMPLETE, body, **key, **{"Content-Type": "text/plain"})[0] == 415
+    for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ""):
+        assert post(url + COMPLETE, body, **key, **{"Content-Type": kind})[0] == 415, kind
+    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer sesame\r\n"
+    assert b" 415 " in raw(url, f"{head}Content-Length: 2\r\n\r\n{{}}")[0]  # as a page sends bytes
+    assert post(url + COMPLETE, body, **key, **{"Content-Type": "Application/JSON ; charset=utf-8"})[0] == 200
     head = f"POST {COMPLETE} HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 1000\r\n\r\n"
     received, seconds = raw(url, head)  # refused without its body
     assert b" 401 " in received and seconds < 5
@@ -631,13 +630,15 @@ def test_who_may_ask(made_up):
     assert b" 200 " in raw(url, "GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")[0]
 
 
-def test_what_is_slow_or_too_much_is_refused(made_up, monkeypatch):
+def test_what_is_slow_or_too_much_is_refused(made_up, tmp_path, monkeypatch):
     for name, value in {"HEADER_SECONDS": 1, "BODY_SECONDS": 1, "LINGER_SECONDS": 0.1, "MAX_HELD": 3000}.items():
         monkeypatch.setattr(gateway, name, value)
-    url, body = made_up(max_requests=2), {"prompt": "wait"}
+    (tmp_path / "large.png").write_bytes(bytes(3001))
+    url, body = made_up(max_requests=2, pictures=Pictures(tmp_path)), {"prompt": "wait"}
+    assert post(url + CHAT, question("large.png", QUESTION))[0] == 429
     received, seconds = raw(url, "GET /health HTTP/1.1\r\n")
     assert received == b"" and seconds < 3
-    head = f"POST {COMPLETE} HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 2900\r\n\r\n" + "x" * 2800
+    head = f"{POST.format(COMPLETE)}Content-Length: 2900\r\n\r\n" + "x" * 2800
     with ThreadPoolExecutor() as clients:
         received, late = zip(*clients.map(raw, [url] * 2, [head] * 2))
         assert sorted(answer.split()[1] for answer in received) == [b"408", b"429"] and max(late) < 3

@@ -50,12 +50,10 @@ def fresh_conversations(seed: int, count: int, **options) -> list[list[Turn]]:
     return [draw_dialogue(2 * 10**9 + seed * 10**6 + i, **options) for i in range(count)]
 
 
-def generate_answers(
-    model, processor, conversations: list[list[dict]], device=None, **options
-) -> tuple[list[str], dict]:
+def generate_answers(model, processor, conversations: list[list[dict]], device=None, **options) -> list[str]:
     """
-    The model's greedy answers to a batch of conversations, and what `generate` returned. Inputs are moved to `device`,
-    by default the model's; `options` are passed to `generate`.
+    The model's greedy answers to a batch of conversations. Inputs are moved to `device`, by default the model's;
+    `options` are passed to `generate`.
     """
     inputs = processor.apply_chat_template(
         conversations,
@@ -65,9 +63,8 @@ def generate_answers(
         return_tensors="pt",
         processor_kwargs={"padding": True},
     ).to(model.device if device is None else device)
-    output = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, **options)
-    answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(answers, skip_special_tokens=True), output
+    output = model.generate(**inputs, do_sample=False, **options)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def answer_scenes(
@@ -89,7 +86,7 @@ def answer_scenes(
                 image = scene.image if with_patches else scene.image.resize((side, side), Image.Resampling.BILINEAR)
                 content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
                 conversations.append([{"role": "user", "content": content}])
-            texts, _ = generate_answers(model, processor, conversations, **options)
+            texts = generate_answers(model, processor, conversations, **options)
             answers += [Answer(*question, text) for question, text in zip(batch, texts, strict=True)]
             progress.update(len(batch))
     return answers
@@ -108,14 +105,12 @@ def answer_conversations(
     for start in tqdm(range(0, len(conversations), batch_size), desc="Conversing"):
         batch = conversations[start : start + batch_size]
         histories, given = [[] for _ in batch], [[] for _ in batch]
-        cache = {"past_key_values": DynamicCache(config=model.config)} if with_cache else {}
+        cache = {"cache": DynamicCache(config=model.config)} if with_cache else {}
         for number in range(max(map(len, batch))):
             rows = [row for row, turns in enumerate(batch) if number < len(turns)]
             for row in rows:
                 histories[row] += messages_of([batch[row][number]])[:1]
-            texts, output = generate_answers(model, processor, [histories[row] for row in rows], **cache, **options)
-            if with_cache:
-                cache = {"past_key_values": output.past_key_values}
+            texts = generate_answers(model, processor, [histories[row] for row in rows], **cache, **options)
             for row, text in zip(rows, texts, strict=True):
                 turn = batch[row][number]
                 histories[row].append({"role": "assistant", "content": text})

@@ -53,6 +53,7 @@ VISION = {
     "image_size": 240,
     "patch_size": 20,
     "initializer_range": 0.05,
+    "dtype": "float32",
 }
 TEXT = {
     "hidden_size": 128,
@@ -71,6 +72,7 @@ TEXT = {
     "router_aux_loss_coef": 0.01,
     "output_router_logits": True,
     "initializer_range": 0.05,
+    "dtype": "float32",
 }
 MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
@@ -470,6 +472,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=resume)
     model.config.text_config.output_router_logits = False
+    vars(model.config).pop("use_cache", None)  # set by `Trainer`
     normalise_as_clip(model, processor.image_processor)
     save_whole(directory, model, processor)
 
