@@ -166,7 +166,8 @@ class Lessons(Dataset):
             rounds = [ask(choose, scene.layout, scene.shapes) for _ in range(2)]
             questions = list(dict.fromkeys(q for r in rounds for name, q in r.items() if name != "describe"))
             choose.shuffle(questions)
-        return make_sample(choose, [scene], questions[:MAX_QUESTIONS], [0] * MAX_QUESTIONS)
+        questions = questions[:MAX_QUESTIONS]
+        return make_sample(choose, [scene], questions, [0] * len(questions))
 
 
 def scenes_of(turns: list[Turn]) -> list[Scene]:
@@ -180,12 +181,11 @@ def sample_of(turns: list[Turn]) -> dict:
 
 def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]], asked: list[int]) -> dict:
     """A conversation that starts with pictures and has a question about one of them and its answer in each turn."""
-    messages = []
-    for question, answer in questions:
-        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-        messages.append({"role": "assistant", "content": answer})
-    messages[0]["content"][:0] = [{"type": "image", "image": scene.image} for scene in scenes]
-    return {"messages": messages, "scenes": scenes, "asked": asked, "hints": draw_hints(choose, scenes), "cues": []}
+    turns, content = [], scenes
+    for (question, answer), number in zip(questions, asked, strict=True):
+        turns.append(Turn((*content, question), "", question, answer, len(scenes), number))
+        content = []
+    return {**sample_of(turns), "hints": draw_hints(choose, scenes)}
 
 
 def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
