@@ -309,12 +309,18 @@ def progress_bar(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=not total)
 
 
-def write_shard(path: Path, items: list[Item]) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    tensors = {item.name: item.read() for item in items}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with replacing(path) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
+
+
+def write_index(package: Path, weight_map: dict[str, str], total_size: int) -> None:
+    """Says which file has which tensor."""
+    metadata = {"total_size": total_size}
+    write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def link(source: Path, target: Path, how: str) -> None:
@@ -458,14 +464,13 @@ def write_package(checkpoint: Checkpoint, plan: Plan, package: Path, how: str, v
     with progress_bar(plan.num_bytes, "Writing") as progress:
         for name, items in plan.shards.items():
             if not (package / name).exists():
-                write_shard(package / name, items)
+                write_shard(package / name, {item.name: item.read() for item in items})
             progress.update(sum(item.num_bytes for item in items))
     names = {path: name for name, path in plan.linked.items()}
     weight_map = {name: names[tensor.path] for name, tensor in checkpoint.tensors.items() if tensor.path in names}
     weight_map |= {item.name: name for name, items in plan.shards.items() for item in items}
     if set(weight_map.values()) != {WEIGHTS}:
-        metadata = {"total_size": total_bytes(checkpoint, plan)}
-        write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+        write_index(package, weight_map, total_bytes(checkpoint, plan))
     if verify:
         write_checksums(plan, package)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from checkpoint_files import (
-    INDEX,
     WEIGHTS,
     Checkpoint,
     CheckpointError,
@@ -29,12 +28,20 @@ from checkpoint_files import (
     read_index,
 )
 from conversations import BadData
-from convert_checkpoint import copy_files, fingerprint, make_plan, resolve, select, write_whole
+from convert_checkpoint import (
+    copy_files,
+    fingerprint,
+    make_plan,
+    resolve,
+    select,
+    write_index,
+    write_shard,
+    write_whole,
+)
 from experts import describe
-from files import replacing, write_json
 from rounding import PRESETS, LayerQuantiser, make_settings, read_form
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 from training_data import Sample, load_processor, read_samples
@@ -162,7 +169,7 @@ class Quantiser:
         first, *files = shard_files(package, self.text.num_hidden_layers + 1)
         states_files = [package.parent / f"states-{number}.safetensors" for number in range(len(files) + 1)]
         if not first.exists():
-            save_tensors(first, self.others())
+            write_shard(first, self.others())
         states = None
         for number, file in enumerate(tqdm(files, "Layers")):
             if file.exists():
@@ -174,12 +181,12 @@ class Quantiser:
                 self.counts[f"layer {number}"] = quantiser.counts
             if states:
                 numbered = {f"{number:08}": state for number, state in enumerate(states)}
-                save_tensors(states_files[number + 1], numbered | self.counts)
-            save_tensors(file, {f"model.layers.{number}.{name}": x for name, x in quantiser.tensors().items()})
+                write_shard(states_files[number + 1], numbered | self.counts)
+            write_shard(file, {f"model.layers.{number}.{name}": x for name, x in quantiser.tensors().items()})
             states_files[number].unlink(missing_ok=True)
         if states is None and states_files[-1].exists():  # the run before was stopped after the last layer
             self.load_states(states_files[-1])
-        write_index(package, [first, *files])
+        index_files(package, [first, *files])
 
     def report(self) -> None:
         """Prints how often the experts were chosen, and which were calibrated on tokens that did not choose them."""
@@ -196,18 +203,12 @@ def shard_files(package: Path, count: int) -> list[Path]:
     return [package / f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    with replacing(path) as unfinished:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, unfinished, metadata={"format": "pt"})
-
-
-def write_index(package: Path, files: list[Path]) -> None:
+def index_files(package: Path, files: list[Path]) -> None:
     weight_map = {}
     for path in files:
         with safe_open(path, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), path.name)
-    metadata = {"total_size": sum(path.stat().st_size for path in files)}
-    write_json(package / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(package, weight_map, sum(path.stat().st_size for path in files))
 
 
 def read_quantised(directory: Path) -> Checkpoint:
@@ -249,8 +250,8 @@ def dequantise(checkpoint: Checkpoint, package: Path) -> None:
                 else:
                     weights[f"{module}{part}"] = weight.bfloat16()
         weights |= {name: torch.stack([x for _, x in sorted(stack.items())]) for name, stack in experts.items()}
-        save_tensors(path, weights)
-    write_index(package, files)
+        write_shard(path, weights)
+    index_files(package, files)
     read_checkpoint(package)
 
 
