@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import initialization as init
 from transformers.activations import QuickGELUActivation
@@ -353,6 +354,11 @@ def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+# SDPA's kernels but cuDNN's. With a mask and an odd multiple of 64 keys, its gradients are NaN where a token sees no
+# key, as padding (torch 2.11 on an H100), or has very small scores (https://github.com/pytorch/pytorch/issues/196678).
+DIFFERENTIABLE_WITH_MASK = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def share_key_value_heads(attention_interface: Callable) -> Callable:
     """
     Wraps transformers' SDPA attention to share key/value heads. For a single query token, the query heads of a
@@ -378,6 +384,10 @@ def share_key_value_heads(attention_interface: Callable) -> Callable:
             attn_output, _ = attention_interface(module, query, key, value, attention_mask, **kwargs)
             return attn_output.transpose(1, 2).reshape(batch_size, 1, num_heads, head_dim), None
         key, value = (repeat_kv(states, num_heads // num_key_value_heads) for states in (key, value))
+        is_trained = query.requires_grad and attention_mask is not None and is_on_gpu(query)
+        if is_trained and torch.backends.cuda.cudnn_sdp_enabled():
+            with sdpa_kernel(DIFFERENTIABLE_WITH_MASK):
+                return attention_interface(module, query, key, value, attention_mask, **kwargs)
         return attention_interface(module, query, key, value, attention_mask, **kwargs)
 
     return shared_attention

@@ -23,26 +23,48 @@ def swiglu(x, gate, up, down):
     return (gated / (1 + torch.exp(-gated)) * (x @ up.T)) @ down.T
 
 
-def rotate(x, position, theta):
+def frequencies(config):
+    """
+    The angles by which the rotary embedding turns from one position to the next, and what it multiplies by: as it is,
+    with linear scaling (https://arxiv.org/abs/2306.15595), or with YaRN's (https://arxiv.org/abs/2309.00071).
+    """
+    head_dim, theta, scaling = config["head_dim"], config["rope_theta"], config.get("rope_scaling") or {}
+    plain = torch.tensor([theta ** (-2 * i / head_dim) for i in range(head_dim // 2)], dtype=torch.float64)
+    if not scaling:
+        return plain, 1
+    if scaling["rope_type"] == "linear":
+        return plain / scaling["factor"], 1
+
+    def index(turns):
+        """Where a frequency makes this many turns over the length that the model was trained for."""
+        length = config["max_position_embedding"] / (2 * math.pi * turns)
+        return head_dim * math.log(length) / (2 * math.log(theta))
+
+    low, high = max(math.floor(index(32)), 0), min(math.ceil(index(1)), head_dim - 1)
+    slowed = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    return plain * (1 - slowed) + plain / scaling["factor"] * slowed, 0.1 * math.log(scaling["factor"]) + 1
+
+
+def rotate(x, angles, factor=1):
     """Rotary embedding of one head's vector, the first half of it paired with the second."""
-    half = x.shape[-1] // 2
-    angles = position * torch.tensor([theta ** (-2 * i / x.shape[-1]) for i in range(half)], dtype=x.dtype)
-    first, second = x[:half], x[half:]
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()])
+    first, second = x.chunk(2)
+    turned = [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()]
+    return torch.cat(turned) * factor
 
 
-def text_attention(x, w, prefix, config):
+def text_attention(x, w, prefix, config, positions):
     heads, head_dim = config["num_attention_heads"], config["head_dim"]
     low_rank = rms_norm(x @ w[prefix + "q_proj.weight"].T, w[prefix + "inter_norm.weight"], config["rms_norm_eps"])
     queries = (low_rank @ w[prefix + "wq.weight"].T).view(-1, heads, head_dim)
-    theta = config["rope_theta"]
-    keys = torch.stack([rotate(k, i, theta) for i, k in enumerate(x @ w[prefix + "k_proj.weight"].T)])
+    turn, factor = frequencies(config)
+    angles = positions[:, None] * turn
+    keys = torch.stack([rotate(k, angles[i], factor) for i, k in enumerate(x @ w[prefix + "k_proj.weight"].T)])
     values = x @ w[prefix + "v_proj.weight"].T
     outputs = []
     for i in range(len(x)):
         attended = []
         for head in range(heads):
-            scores = keys[: i + 1] @ rotate(queries[i, head], i, theta) / math.sqrt(head_dim)
+            scores = keys[: i + 1] @ rotate(queries[i, head], angles[i], factor) / math.sqrt(head_dim)
             attended.append(torch.softmax(scores, 0) @ values[: i + 1])
         outputs.append(torch.cat(attended))
     return torch.stack(outputs) @ w[prefix + "o_proj.weight"].T
@@ -70,13 +92,14 @@ def moe_layers(config):
     return {int(entry) for entry in entries.split(",")}
 
 
-def decode(embeddings, w, config):
-    """Logits (tokens, vocabulary) of one sequence of embeddings (tokens, hidden)."""
+def decode(embeddings, w, config, positions):
+    """Logits (tokens, vocabulary) of one sequence of embeddings (tokens, hidden) at `positions` (tokens)."""
     x = embeddings
     eps = config["rms_norm_eps"]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        x = x + text_attention(rms_norm(x, w[prefix + "input_layernorm.weight"], eps), w, prefix + "self_attn.", config)
+        h = rms_norm(x, w[prefix + "input_layernorm.weight"], eps)
+        x = x + text_attention(h, w, prefix + "self_attn.", config, positions)
         h = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], eps)
         names = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
         if layer in moe_layers(config):
@@ -143,7 +166,14 @@ def encode(picture, w, config):
 
 
 def step3_logits(
-    config, weights, input_ids, attention_mask=None, pixel_values=None, patch_pixel_values=None, num_patches=None
+    config,
+    weights,
+    input_ids,
+    attention_mask=None,
+    pixel_values=None,
+    patch_pixel_values=None,
+    num_patches=None,
+    position_ids=None,
 ):
     """
     Logits (batch, tokens, vocabulary) from the contents of a `config.json` and a state dict with the names on disk;
@@ -169,6 +199,7 @@ def step3_logits(
             embeddings = embeddings.clone()
             embeddings[places] = features[used : used + int(places.sum())]
             used += int(places.sum())
-        logits[row, real] = decode(embeddings, w, text)
+        positions = torch.arange(len(embeddings)) if position_ids is None else position_ids[row][real]
+        logits[row, real] = decode(embeddings, w, text, positions.double())
     assert features is None or used == len(features)
     return logits

@@ -38,7 +38,7 @@ def test_the_page_names_the_tests_of_every_defect():
     assert set(re.findall(r"`(test_\w+)`", PAGE)) <= names
 
 
-def attention(x, w, prefix, config, is_causal=True, has_low_rank=True):
+def attention(x, w, prefix, config, positions, is_causal=True, has_low_rank=True):
     """
     The reference's attention as matrix products. Without a causal mask, unless the caller gives one, each token attends
     to all. Without low-rank queries, one matrix maps to the heads: here the product of the released two.
@@ -47,9 +47,9 @@ def attention(x, w, prefix, config, is_causal=True, has_low_rank=True):
     if has_low_rank:
         states = reference.rms_norm(states, w[prefix + "inter_norm.weight"], config["rms_norm_eps"])
     queries = (states @ w[prefix + "wq.weight"].T).view(len(x), -1, config["head_dim"])
-    turn = partial(reference.rotate, theta=config["rope_theta"])
-    keys = torch.stack([turn(key, i) for i, key in enumerate(x @ w[prefix + "k_proj.weight"].T)])
-    queries = torch.stack([torch.stack([turn(head, i) for head in heads]) for i, heads in enumerate(queries)])
+    angles, rotate = positions[:, None] * reference.frequencies(config)[0], reference.rotate
+    keys = torch.stack([rotate(key, angles[i]) for i, key in enumerate(x @ w[prefix + "k_proj.weight"].T)])
+    queries = torch.stack([torch.stack([rotate(head, angles[i]) for head in heads]) for i, heads in enumerate(queries)])
     scores = queries.transpose(0, 1) @ keys.T / math.sqrt(config["head_dim"])
     if is_causal:
         scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import (
+    CACHE_NAME,
     GOLDENS,
     IMAGE_TOKEN,
     assert_close,
@@ -101,6 +102,25 @@ def test_random_configs_match_the_reference(seed, tmp_path):
     expected = step3_logits(json.loads((tmp_path / "config.json").read_text()), weights_in(tmp_path), **inputs)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(logits[real].double(), expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rope_type", [None, "linear", "yarn"])
+def test_far_positions_match_the_reference(rope_type, tmp_path):
+    """In one pass and with a cache. A float32 angle of 65,535 is only known to 0.004."""
+    scaling = rope_type and {"rope_type": rope_type, "factor": 16.0}
+    text = {"rope_theta": 500000, "rope_scaling": scaling, "max_position_embedding": 4096 if scaling else 65536}
+    model = small_model(small_config(text))
+    model.save_pretrained(tmp_path)
+    ids, positions = torch.randint(10, 90, (1, 9)), torch.tensor([[0, 1, 2, 30000, 30001, 65532, 65533, 65534, 65535]])
+    config = json.loads((tmp_path / "config.json").read_text())
+    expected = step3_logits(config, weights_in(tmp_path), ids, position_ids=positions)
+    with torch.no_grad():
+        at_once = model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
+        cache, steps = DynamicCache(config=model.config), []
+        for part, place in zip(ids.split(1, -1), positions.split(1, -1), strict=True):
+            steps.append(model(part, position_ids=place, **{CACHE_NAME: cache}).logits)
+    for logits in (at_once, torch.cat(steps, 1)):
+        torch.testing.assert_close(logits.double(), expected, atol=3e-3, rtol=0)
 
 
 def test_gradients_match_the_reference(tmp_path):
@@ -292,6 +312,16 @@ def test_a_gpu_computes_the_same_in_another_way(attention, monkeypatch):
     found = outcome()
     assert_close(found, expected)
     assert found[-1].stride(-2) == 128  # numbers in memory for 97 logits, so that each row of them is aligned
+
+
+def test_gradients_through_a_mask_are_not_left_to_cudnn(monkeypatch):
+    """Its gradients of padded rows are NaN on an H100."""
+    monkeypatch.setattr(modeling_step3, "is_on_gpu", lambda tensor: True)
+    attention = share_key_value_heads(lambda *args, **kwargs: (torch.backends.cuda.cudnn_sdp_enabled(), None))
+    query, key, mask = torch.ones(1, 4, 3, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    trained = query.clone().requires_grad_()
+    assert [attention(None, *args)[0] for args in ((trained, key, key, mask), (trained, key, key, None))] == [0, 1]
+    assert attention(None, query, key, key, mask)[0], "generating may use cuDNN"
 
 
 def test_layers_with_hooks_are_called(model, batch, monkeypatch):
