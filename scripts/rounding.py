@@ -163,11 +163,16 @@ class LayerQuantiser:
 
     def pack(self, layers: Iterable[nn.Linear], hessian: torch.Tensor | None = None) -> None:
         """Packs layers with the same inputs, and gives them the weights that the packed ones stand for."""
-        for linear in layers:
-            weight = linear.weight.float()
-            is_calibrated = self.method == "gptq" and hessian is not None
-            packed = self.form.pack(*(apply_gptq(self.form, weight, hessian) if is_calibrated else [weight]))
-            self.packed |= {f"{self.names[linear]}.{part}": tensor.cpu() for part, tensor in packed.items()}
+        layers = list(layers)
+        if self.method == "gptq" and hessian is not None:  # each row is rounded on its own
+            rounded = apply_gptq(self.form, torch.cat([linear.weight.float() for linear in layers]), hessian)
+            rows = [linear.out_features for linear in layers]
+            parts = zip(*(tensor.split(rows) for tensor in rounded), strict=True)
+        else:
+            parts = ([linear.weight.float()] for linear in layers)
+        for linear, part in zip(layers, parts, strict=True):
+            packed = self.form.pack(*part)
+            self.packed |= {f"{self.names[linear]}.{name}": tensor.cpu() for name, tensor in packed.items()}
             replace_weight(linear, self.form.unpack(packed))
 
     def smooth(self, before: nn.Module, magnitude: torch.Tensor, groups: Iterable, others: list[nn.Module]) -> None:
