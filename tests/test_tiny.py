@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import draw_scene
+import long_context
 import pytest
 import torch
 import train_tiny
@@ -218,6 +219,38 @@ def test_training_learns_and_a_resumed_one_ends_where_an_undisturbed_one_does(tm
         # Muon computes in bfloat16; other data or a forgotten state would be as far off as the whole way.
         way, difference = (whole[name] - weight).norm(), (whole[name] - resumed[name]).norm()
         assert way > 0 and difference <= 0.2 * way, name
+
+
+def test_needles_in_long_contexts(processor, tmp_path, monkeypatch, capsys):
+    haystack = long_context.Haystack(processor)
+    for seed, depth in enumerate(long_context.DEPTHS):
+        (turn,) = haystack.draw(seed, 2000, depth)
+        pictures = [i for i, part in enumerate(turn.content) if not isinstance(part, str)]
+        scene = turn.content[pictures[turn.asked]]
+        question = turn.question.removeprefix(f"In picture {turn.asked + 1}: ")
+        assert (question, turn.answer) in scene.questions.values() and turn.content[-1] == turn.question
+        before, after = (
+            sum(len(part) for part in parts if isinstance(part, str))
+            for parts in (turn.content[: pictures[turn.asked]], turn.content[pictures[turn.asked] : -1])
+        )
+        assert before / (before + after) == pytest.approx(depth, abs=0.02)
+
+    monkeypatch.setattr(long_context, "TRAINED", (250, 300))
+    samples = long_context.Haystacks(processor, 8)
+    batch = long_context.GapCollator(processor)([samples[i] for i in range(4)])
+    ids, positions, real = batch["input_ids"], batch["position_ids"], batch["attention_mask"].bool()
+    assert 200 < ids.shape[1] < 800 and positions.max() < long_context.LONGEST and positions.max() > 10_000
+    steps = positions.diff()[real[:, 1:] & real[:, :-1]]
+    assert steps.min() == 1
+    is_image = ids == processor.image_token_id
+    assert (positions.diff()[is_image[:, 1:] & is_image[:, :-1]] == 1).all()
+
+    long_context.main(["train", str(tmp_path / "long"), "--steps", "1"])
+    long_context.main(["needle", str(tmp_path / "long"), "--questions", "1", "--lengths", "200"])
+    long_context.main(["growth", "--size", "tiny", "--lengths", "64", "128", "--chunk", "16", "--mapped"])
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.startswith("| 200 | ") for row in rows)
+    assert sum(" GB | " in row for row in rows) == 5 and not any("out of memory" in row for row in rows)
 
 
 def test_pictures_that_are_normalised_as_clip_does_have_the_same_features():
