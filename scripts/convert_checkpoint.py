@@ -35,11 +35,12 @@ from checkpoint_files import (
     Tensor,
     locate,
     read_checkpoint,
+    read_config,
     read_json,
     scale_shape,
     weight_block,
 )
-from engines import engine_facts, table, warnings
+from engines import engine_facts, packed_form, table, warnings
 from files import naming, replacing, sync, write_bytes, write_json
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -553,7 +554,11 @@ def main(arguments: list[str] | None = None) -> int:
     layers, how = arguments.layers, arguments.how or "hardlink"
     options = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "to_single", "text_only")}
     try:
-        checkpoint = read_checkpoint(resolve(arguments.source))
+        directory = resolve(arguments.source)
+        if arguments.engines and packed_form(config := read_config(directory)):
+            print(table(engine_facts(Checkpoint(directory, config, {}), config, has_head=True)))
+            return 0
+        checkpoint = read_checkpoint(directory)
         plan = make_plan(checkpoint, **options, layers=layers)
         facts = engine_facts(checkpoint, plan.config, has_head=True)
         if arguments.engines:

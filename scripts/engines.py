@@ -84,6 +84,13 @@ def query_heads_per_group(config: Step3VLConfig | Step3TextConfig) -> int:
     return text.num_attention_heads // text.num_attention_groups
 
 
+def packed_form(config: Step3VLConfig | Step3TextConfig) -> str | None:
+    """How a quantiser other than the release's block-fp8 has packed the weights, if one has."""
+    settings = getattr(config, "quantization_config", None) or {}
+    method = settings.get("quant_method", "fp8")
+    return None if method == "fp8" else ", ".join(filter(None, (method, settings.get("format"))))
+
+
 def is_released(name: str, value: object) -> bool:
     """Whether a setting of the image processor is the one that the engines assume."""
     given, released = (x if isinstance(x, list | tuple) else [x] for x in (value, RELEASED_PIXELS[name]))
@@ -115,6 +122,9 @@ def engine_facts(checkpoint: Checkpoint, config: Step3VLConfig | Step3TextConfig
         Fact("query heads for each", str(heads), by_heads),
         Fact("rotary embedding", rope_type, *rope),
     ]
+    if form := packed_form(config):  # whose experts are saved one by one
+        missing = "error: expects stacked experts, has no parameter moe.experts.0.gate_up_proj"
+        facts.append(Fact("quantised", form, missing, "wrong: skips experts that are not stacked"))
     if isinstance(config, Step3TextConfig):
         return [*facts, Fact("part", "the text model", sglang="error: has no class for it")]
     settings, sizes = processor_settings(checkpoint), picture_sizes(checkpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_files, load_whole, weights_in
+from conftest import assert_same_files, load_whole, run, weights_in
 from describe import TINY
 from draw_conversations import draw_conversations
 from evaluate_tiny import answer_scenes, fresh_scenes
@@ -104,6 +104,14 @@ def test_what_is_written_answers_right_and_turns_back(tmp_path, written, whole, 
     if name not in ("w8a8-gptq", "fp8-rtn"):  # whose activations are rounded as well
         plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain")
         assert divergence(log_probs(plain), model) < 1e-3  # bfloat16's sums in another order
+
+
+def test_engines_do_not_take_it(written):
+    result = run("convert_checkpoint.py", written("w4a16-rtn"), "--engines")
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("quantised"))
+    verdicts = [cell.strip() for cell in line.split("  ") if cell.strip()][1:]
+    assert verdicts[0] == "compressed-tensors, pack-quantized" and verdicts[1].startswith("error: expects stacked")
+    assert verdicts[2].startswith("wrong: skips experts"), result.stderr
 
 
 def test_calibration_helps(written, whole):
