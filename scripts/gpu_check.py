@@ -125,24 +125,11 @@ def in_its_own_process(options: argparse.Namespace, name: str, case: str) -> Row
 
 def measure(machine: benchmark.Machine, options: argparse.Namespace, name: str, prefix: str = "", **settings) -> Rows:
     """Runs a benchmark with random weights, by default at the released dimensions; `settings` are its options."""
-    defaults = {
-        "experts": None,
-        "pictures": 1,
-        "original": False,
-        "fuse": False,
-        "offload": [],
-        "vllm": None,
-        "context": [512],
-        "batch": [1],
-        "compile": False,
-        "directory": options.directory,
-        "steps": benchmark.STEPS,
-        "repeats": options.repeats,
-        "layers": options.layers,
-    }
-    settings = argparse.Namespace(**{**defaults, **settings})
+    defaults = {name: getattr(options, name) for name in ("directory", "repeats", "layers")}
+    arguments = benchmark.make_parser().parse_args([name])
+    vars(arguments).update(defaults | {"pictures": 1, "original": False} | settings)
     with torch.no_grad():
-        rows = benchmark.BENCHMARKS[name](machine, settings, options.size, DTYPES[options.dtype])
+        rows = benchmark.BENCHMARKS[name](machine, arguments, options.size, DTYPES[options.dtype])
     for row in rows:
         case = [
             prefix,

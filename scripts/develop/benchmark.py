@@ -719,7 +719,7 @@ def positive(text: str) -> int:
     return number
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("benchmark", choices=[*BENCHMARKS, "all"])
     parser.add_argument("--sizes", nargs="+", choices=TEXT_SIZES, default=["medium"], help="(default: medium)")
@@ -746,6 +746,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all results")
     parser.add_argument("--plot", type=Path, help="PNG file for a plot of decoding; needs matplotlib")
     parser.add_argument("--table", type=Path, help="Markdown file whose table of decoding to replace")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     names = list(BENCHMARKS) if options.benchmark == "all" else [options.benchmark]
     if options.device == "cuda" and not torch.cuda.is_available():
