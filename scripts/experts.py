@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from conversations import BadData, Conversation, check_pictures, read_conversations
+from describe import load
 from files import replacing, write_json
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from step3_vl import Step3VLProcessor
 
@@ -92,19 +93,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.batch_size < 1:
         parser.error("--batch-size must be at least 1")
-    placement = None
-    if torch.cuda.is_available():
-        placement = {"": 0} if arguments.experts_implementation == "mapped" else "auto"
+    device = None if torch.cuda.is_available() else "cpu"
     faults = []
     try:
         conversations = read_conversations(arguments.data, faults)
         check_pictures(conversations, faults)
         if faults:
             raise BadData(faults)
-        processor = AutoProcessor.from_pretrained(arguments.model)
-        model = AutoModelForImageTextToText.from_pretrained(
-            arguments.model, dtype="auto", experts_implementation=arguments.experts_implementation, device_map=placement
-        )
+        model, processor = load(arguments.model, device, experts_implementation=arguments.experts_implementation)
         layers = model.config.get_text_config().moe_layers
         if not layers:
             raise ValueError(f"{arguments.model} has no MoE layers, whose experts could be counted")
