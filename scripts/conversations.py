@@ -340,13 +340,8 @@ def read_message(message: dict) -> tuple[dict, list]:
     return {"role": role, "content": content, **parts}, references
 
 
-def read_conversation(
-    row: dict, folder: Path, place: str, fault: Callable[[str], None], needs_answer: bool = True
-) -> Conversation | None:
-    """
-    The conversation in one row, without opening its images. If anything is wrong, calls `fault` for each error and
-    returns `None`.
-    """
+def read_conversation(row: dict, folder: Path, place: str, needs_answer: bool) -> Conversation | list[str]:
+    """The conversation in one row, without opening its images, or everything that is wrong with it."""
     faults = []
     try:
         rows, worse, is_loose = read_form(row)
@@ -362,7 +357,7 @@ def read_conversation(
         if not rows:
             raise ValueError("`messages` must be a list with at least one message, got []")
     except ValueError as error:
-        return fault(str(error))
+        return [str(error)]
 
     messages, references, learned, expected = [], [], [], ("user",)
     for number, message in enumerate(rows + (worse or []), 1):
@@ -406,10 +401,8 @@ def read_conversation(
             found.append(find_picture(next(given) if reference is None else reference, folder))
         except ValueError as error:
             faults.append(str(error))
-    for text in faults:
-        fault(text)
     if faults:
-        return None
+        return faults
     count = len(rows)
     return Conversation(
         place, messages[:count], found, learned[:count], tools, *messages[count:] or [None], label, row.get("id")
@@ -487,7 +480,10 @@ def read_rows(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
 def iterate_conversations(
     path: Path, faults: list[tuple[str, str]], needs_answer: bool = True
 ) -> Iterator[Conversation]:
-    """The valid conversations of a file or directory, one after another. Errors are added to `faults`."""
+    """
+    The valid conversations of a file or directory, one after another. With `needs_answer=False`, they may end with a
+    question. Errors are added to `faults`.
+    """
     place = None
     try:
         for place, read in read_rows(path):
@@ -496,25 +492,24 @@ def iterate_conversations(
             except ValueError as error:
                 faults.append((place, str(error)))
                 continue
-            fault = lambda text, place=place: faults.append((place, text))  # noqa: E731
-            conversation = read_conversation(row, Path(place).parent, place, fault, needs_answer)
-            if conversation is not None:
-                yield conversation
+            found = read_conversation(row, Path(place).parent, place, needs_answer)
+            if isinstance(found, Conversation):
+                yield found
+            else:
+                faults += [(place, text) for text in found]
     except ValueError as error:
         faults.append((str(path), str(error)))
     if place is None and not faults:
         faults.append((str(path), "is empty"))
 
 
-def read_conversations(
-    path: Path, faults: list[tuple[str, str]] | None = None, needs_answer: bool = True
-) -> list[Conversation]:
+def read_conversations(path: Path, faults: list[tuple[str, str]] | None = None) -> list[Conversation]:
     """
-    The valid conversations of a file or directory, without opening their images. With `needs_answer=False`, they may
-    end with a question. Errors are added to `faults`, as pairs of a place and a text, or else raised as `BadData`.
+    The valid conversations of a file or directory, without opening their images. Errors are added to `faults`, as pairs
+    of a place and a text, or else raised as `BadData`.
     """
     found = [] if faults is None else faults
-    conversations = list(iterate_conversations(path, found, needs_answer))
+    conversations = list(iterate_conversations(path, found))
     if found and faults is None:
         raise BadData(found)
     return conversations
