@@ -156,33 +156,38 @@ def test_four_bits_after_a_forward_have_right_gradients_and_are_merged(processor
     assert share_right(model.merge_and_unload(), processor, scenes) >= 0.95
 
 
-def save_compressed(directory, number_type: str) -> None:
-    """step3-tiny as llm-compressor saves it: the text model's layers a row at a time in 8 bits, experts one by one."""
+def save_as_llm_compressor(directory, compress, form: str, ignored=(), **scheme) -> None:
+    """step3-tiny with the parts of the text model's layers that `compress` makes, experts one by one."""
     shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
     weights = {}
     for name, weight in one_by_one(weights_in(TINY)).items():
-        if name.startswith("model.") and name.endswith(("_proj.weight", ".wq.weight")):
-            scale = weights[name + "_scale"] = weight.abs().amax(1, keepdim=True) / (
-                127 if number_type == "int" else 448
-            )
-            scaled = weight / scale
-            weight = scaled.round().to(torch.int8) if number_type == "int" else scaled.to(torch.float8_e4m3fn)
-        weights[name] = weight
+        is_compressed = name.startswith("model.") and name.endswith(("_proj.weight", ".wq.weight"))
+        parts = compress(weight) if is_compressed else {"": weight}
+        weights |= {f"{name}{part}": tensor.contiguous() for part, tensor in parts.items()}
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    form = {"num_bits": 8, "type": number_type, "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**form, "strategy": "channel", "dynamic": False},
-        "input_activations": {**form, "strategy": "token", "dynamic": True},
-    }
     quantization = {
         "quant_method": "compressed-tensors",
-        "format": f"{number_type}-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*"],
+        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
+        "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*", *ignored],
     }
     edit_json(directory / "config.json", lambda config: config.update(quantization_config=quantization))
+
+
+def save_compressed(directory, number_type: str) -> None:
+    """In 8 bits, a row at a time."""
+
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / (127 if number_type == "int" else 448)
+        scaled = weight / scale
+        weight = scaled.round().to(torch.int8) if number_type == "int" else scaled.to(torch.float8_e4m3fn)
+        return {"": weight, "_scale": scale}
+
+    form = {"num_bits": 8, "type": number_type, "symmetric": True}
+    scheme = {"weights": {**form, "strategy": "channel", "dynamic": False}}
+    scheme["input_activations"] = {**form, "strategy": "token", "dynamic": True}
+    save_as_llm_compressor(directory, compress, f"{number_type}-quantized", **scheme)
 
 
 @pytest.mark.parametrize("number_type", ["int", "float"])
@@ -200,30 +205,17 @@ def test_what_llm_compressor_saves_is_read(tmp_path, processor, scenes, number_t
 
 
 def save_packed(directory) -> None:
-    """step3-tiny in W4A16: the text model's layers in groups of 32 weights of 4 bits, experts one by one."""
+    """In W4A16: in groups of 32 weights of 4 bits."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.py", "*.safetensors"))
-    weights = {}
-    for name, weight in one_by_one(weights_in(TINY)).items():
-        if not name.startswith("model.") or not name.endswith(("_proj.weight", ".wq.weight")):
-            weights[name] = weight
-            continue
+    def compress(weight: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = weight.unflatten(1, (-1, 32))
         scale = groups.abs().amax(-1, keepdim=True) / 7
         codes = (groups / scale).round().to(torch.int8).flatten(1)
-        parts = {"packed": pack_to_int32(codes, 4), "scale": scale[..., 0], "shape": torch.tensor(weight.shape)}
-        weights |= {f"{name}_{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+        return {"_packed": pack_to_int32(codes, 4), "_scale": scale[..., 0], "_shape": torch.tensor(weight.shape)}
+
     form = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": form}},
-        "ignore": ["lm_head", "re:.*vision_model.*", "re:.*vit_.*", "re:.*gate$"],
-    }
-    edit_json(directory / "config.json", lambda config: config.update(quantization_config=quantization))
+    save_as_llm_compressor(directory, compress, "pack-quantized", ["re:.*gate$"], weights=form)
 
 
 @pytest.mark.parametrize("base", ["nf4", "W4A16"])
