@@ -2,7 +2,6 @@
 
 import re
 from argparse import Namespace
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CompressedT
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("bitsandbytes")
 import quantise
+from compare_formats import bytes_of_experts, score
 from quantise import main
 from rounding import BLOCK, apply_gptq, make_settings, read_form
 
@@ -31,22 +31,9 @@ def data(tmp_path_factory) -> Path:
     return directory / "train.jsonl"
 
 
-@cache
-def conversations() -> list:
-    """The model's inputs for four scenes that it describes."""
-    processor, inputs = AutoProcessor.from_pretrained(TINY), []
-    for scene in fresh_scenes(seed=424243, count=4):
-        question, answer = scene.questions["describe"]
-        content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
-        inputs.append(processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt"))
-    return inputs
-
-
-@torch.no_grad()
 def log_probs(model) -> torch.Tensor:
-    """Of all tokens of the conversations: (tokens, vocab_size)."""
-    return torch.cat([model(**inputs).logits[0].float().log_softmax(-1) for inputs in conversations()])
+    """Of all tokens of conversations about four scenes that the model describes: (tokens, vocab_size)."""
+    return score(model, AutoProcessor.from_pretrained(TINY), fresh_scenes(seed=424243, count=4))[0]
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +49,6 @@ def options_of(name: str, data: Path) -> list[str]:
     form, method = name.split("-")
     calibration = [] if method == "rtn" else ["--calibrate", str(data), "--min-tokens", "64"]
     return ["--format", form, "--method", method, *["--group-size", "32"] * (form == "w4a16"), *calibration]
-
-
-def bytes_of_experts(directory: Path) -> int:
-    names = ("moe.gate_proj", "moe.up_proj", "moe.down_proj", ".experts.")
-    return sum(x.nbytes for name, x in weights_in(directory).items() if any(part in name for part in names))
 
 
 @pytest.fixture(scope="module")
@@ -175,18 +157,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch, data, written
 
 
 def test_rarely_chosen_experts_are_named_and_calibrated(tmp_path, data, capsys):
-    options = [
-        "--format",
-        "w4a16",
-        "--group-size",
-        "32",
-        "--method",
-        "gptq",
-        "--calibrate",
-        str(data),
-        "--samples",
-        "1",
-    ]
+    options = [*options_of("w4a16-gptq", data), "--samples", "1"]
     packed = []
     for count in ("1", "100000"):
         assert main([str(TINY), str(tmp_path / count), *options, "--min-tokens", count]) == 0
