@@ -62,6 +62,16 @@ class CheckpointError(ValueError):
         self.problems = problems
 
 
+def failure(error: BaseException, name: object) -> int:
+    """Says why a command ended, and returns its exit status. `name` stands for a file that an `OSError` lacks."""
+    if isinstance(error, KeyboardInterrupt):
+        print("Interrupted. Repeat the command to resume.", file=sys.stderr)
+        return 130
+    told = f"{error.filename or name}: {error.strerror or error}" if isinstance(error, OSError) else error
+    print(told, file=sys.stderr)
+    return 1
+
+
 @contextmanager
 def collecting(problems: list[str]) -> Iterator[None]:
     """Adds the problems of a `CheckpointError` to the list instead of raising it."""

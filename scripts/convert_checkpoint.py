@@ -33,6 +33,7 @@ from checkpoint_files import (
     Step3TextConfig,
     Step3VLConfig,
     Tensor,
+    failure,
     locate,
     read_checkpoint,
     read_config,
@@ -572,15 +573,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not arguments.check:
             options |= {"layers": [layers[0], layers[-1]] if layers else None, "how": how}
             convert(checkpoint, plan, arguments.target, options, how, arguments.verify)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{error.filename or arguments.target}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted. Repeat the command to resume.", file=sys.stderr)
-        return 130
+    except (CheckpointError, OSError, KeyboardInterrupt) as error:
+        return failure(error, arguments.target)
     if arguments.dtype == "fp8" and (note := note_on_widths(plan.config)):
         print(note, file=sys.stderr)
     for warning in warnings(facts):

@@ -18,6 +18,7 @@ from checkpoint_files import (
     Step3VLConfig,
     collecting,
     expected_shapes,
+    failure,
     locate,
     read_checkpoint,
     read_json,
@@ -227,21 +228,16 @@ def main(arguments: list[str] | None = None) -> int:
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
         if arguments.space:
             upload_space(api, repo_id, arguments.private)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except (CheckpointError, KeyboardInterrupt) as error:
+        return failure(error, repo_id)
     except (HTTPError, ValueError) as error:  # ValueError: a card or repository id that the hub refuses
         print(f"{repo_id}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{error.filename or repo_id}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return failure(error, repo_id)
     except RuntimeError as error:  # raised by the hub's client for a file that it could not send
         print(f"{repo_id}: {error} {error.__cause__ or ''}\nRepeat the command to resume.", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("Interrupted. Repeat the command to resume.", file=sys.stderr)
-        return 130
     print(f"{constants.ENDPOINT}/{repo_id}")
     return 0
 

@@ -22,6 +22,7 @@ from checkpoint_files import (
     Checkpoint,
     CheckpointError,
     Step3VLConfig,
+    failure,
     read_checkpoint,
     read_config,
     read_header,
@@ -300,15 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         quantiser.check_groups()
         with torch.no_grad():
             write_whole(arguments.output, fingerprint(checkpoint, options), quantiser.write)
-    except (BadData, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("Interrupted. Repeat the command to resume.", file=sys.stderr)
-        return 130
+    except (BadData, CheckpointError, OSError, KeyboardInterrupt) as error:
+        return failure(error, arguments.output)
     quantiser.report()
     return 0
 
