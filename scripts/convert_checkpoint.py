@@ -442,15 +442,6 @@ def write_whole(target: Path, run: dict, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial)
 
 
-def convert(checkpoint: Checkpoint, plan: Plan, target: Path, options: dict, how: str, verify: bool) -> None:
-    """Writes `plan` to `target`, as `write_whole` does."""
-    write_whole(
-        target,
-        fingerprint(checkpoint, options),
-        lambda package: write_package(checkpoint, plan, package, how, verify),
-    )
-
-
 def total_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     """Bytes of all weights in the target."""
     return plan.num_bytes + (checkpoint.num_bytes if plan.linked else 0)
@@ -572,7 +563,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise CheckpointError(problems)
         if not arguments.check:
             options |= {"layers": [layers[0], layers[-1]] if layers else None, "how": how}
-            convert(checkpoint, plan, arguments.target, options, how, arguments.verify)
+            run, verify = fingerprint(checkpoint, options), arguments.verify
+            write_whole(arguments.target, run, lambda package: write_package(checkpoint, plan, package, how, verify))
     except (CheckpointError, OSError, KeyboardInterrupt) as error:
         return failure(error, arguments.target)
     if arguments.dtype == "fp8" and (note := note_on_widths(plan.config)):
