@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conversations import BadData, Conversation, check_pictures, iterate_conversations
+from conversations import BadData, Conversation, iterate_conversations
 from describe import TINY, add_model_options, load
 from files import naming, replacing
 from tqdm import tqdm
-from training_data import Sample, check_sample, make_sample
+from training_data import Sample, make_samples
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, logging, set_seed
 
 from step3_vl import Step3VLProcessor
@@ -34,21 +34,15 @@ def read_requests(path: Path, processor: Step3VLProcessor, max_length: int | Non
     The requests of a file: what is written of each besides its answer, and as a sample with `STAND_IN` for the answer.
     Raises `BadData` if one has an error.
     """
-    faults, conversations, requests = [], [], []
+    faults, conversations = [], []
     for conversation in iterate_conversations(path, faults, needs_answer=False):
         if conversation.messages[-1]["role"] == "assistant" or conversation.rejected:
             faults.append((conversation.place, "has an answer already"))
         else:
             with_stand_in = {"messages": [*conversation.messages, STAND_IN], "learned": [*conversation.learned, True]}
             conversations.append(replace(conversation, label=None, **with_stand_in))
-    sizes = check_pictures(conversations, faults)
-    for conversation in conversations:
-        try:
-            sample = make_sample(conversation, sizes, processor)
-            check_sample(sample, None, max_length)
-            requests.append((as_row(conversation), sample))
-        except ValueError as error:
-            faults.append((conversation.place, str(error)))
+    samples = make_samples(conversations, processor, faults, max_length=max_length)
+    requests = [(as_row(conversation), sample) for conversation, sample in samples]
     if faults:
         raise BadData(faults)
     return requests

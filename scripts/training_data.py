@@ -120,6 +120,30 @@ def check_sample(sample: Sample, method: str | None, max_length: int | None) -> 
         raise ValueError("must have either a `label` or a worse answer for --method kto")
 
 
+def make_samples(
+    conversations: list[Conversation],
+    processor: Step3VLProcessor,
+    faults: list[tuple[str, str]],
+    method: str | None = None,
+    max_length: int | None = None,
+    known: dict[str, list] | None = None,
+) -> Iterator[tuple[Conversation, Sample]]:
+    """The right conversations, one after another, with their samples. `check_pictures` describes the last argument."""
+    num_faults = len(faults)
+    sizes = check_pictures(conversations, faults, known)
+    wrong = {place for place, _ in faults[num_faults:]}
+    for conversation in conversations:
+        if conversation.place in wrong:
+            continue
+        try:
+            sample = make_sample(conversation, sizes, processor)
+            check_sample(sample, method, max_length)
+        except ValueError as error:
+            faults.append((conversation.place, str(error)))
+        else:
+            yield conversation, sample
+
+
 def read_samples(
     path: Path,
     processor: Step3VLProcessor,
@@ -131,19 +155,8 @@ def read_samples(
     conversations = iter(tqdm(iterate_conversations(path, faults), "Conversations", disable=None))
     with picture_sizes() as known:
         while chunk := list(islice(conversations, CHUNK)):
-            num_faults = len(faults)
-            sizes = check_pictures(chunk, faults, known)
-            wrong = {place for place, _ in faults[num_faults:]}
-            for conversation in chunk:
-                if conversation.place in wrong:
-                    continue
-                try:
-                    sample = make_sample(conversation, sizes, processor)
-                    check_sample(sample, method, max_length)
-                except ValueError as error:
-                    faults.append((conversation.place, str(error)))
-                else:
-                    yield sample
+            for _, sample in make_samples(chunk, processor, faults, method, max_length, known):
+                yield sample
 
 
 def load_processor(model: str, max_pixels: int | None = None, max_patches: int | None = None) -> Step3VLProcessor:

@@ -260,9 +260,11 @@ def test_faults_in_requests_are_told_with_their_lines_before_the_model_is_loaded
     question, image = {"role": "user", "content": "Hello"}, {"role": "user", "content": "<image>Hello"}
     faulty = [{"messages": [question, {"role": "assistant", "content": "Hi."}]}, {"messages": "Hello"}]
     faulty += [{"messages": [image], "images": ["none.png"]}, {"messages": [question], "tools": [1]}]
+    faulty.append({"messages": [image], "images": ["broken.png"]})
+    (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "requests.jsonl").write_text("\n".join(["{", *map(json.dumps, faulty), ""]))
     status, told = ask()
-    assert status == 2 and re.findall(r"jsonl:(\d):", told) == list("12345")
+    assert status == 2 and re.findall(r"jsonl:(\d):", told) == list("123456")
     long, special = ({"messages": [{"role": "user", "content": text}]} for text in ("word " * 3000, "<|EOT|>"))
     (tmp_path / "requests.jsonl").write_text("\n".join(map(json.dumps, [long, special])))
     status, told = ask()
