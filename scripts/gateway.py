@@ -198,7 +198,7 @@ class Gateway:
         pixels = await self.pictures.inline(body.get("messages", []), hold)
         if pixels and not self.engine.takes_pictures:
             raise HTTPException(400, "This model does not take images.")
-        requests = self.engine.requests(path, body, is_stream)
+        requests = self.engine.requests(body, is_stream)
         with WAITING.track_inprogress():
             if pixels > LARGE:
                 await stack.enter_async_context(self.large)

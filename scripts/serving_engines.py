@@ -71,7 +71,7 @@ class Engine:
         if body.get("chat_template_kwargs", {}).get("enable_thinking") and THINK_END not in self.tokenizer.get_vocab():
             raise HTTPException(400, f"This model does not reason: it has no token {THINK_END}.")
 
-    def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
+    def requests(self, body: dict, is_stream: bool) -> list[dict]:
         """The requests to send one after the other."""
         return [{**body, "stream": is_stream}]
 
@@ -121,7 +121,7 @@ class TransformersEngine(Engine):
         if not isinstance(prompts, str) and not isinstance(prompts[0], str):
             raise HTTPException(400, f"{self.title} does not take token ids; vLLM does.")
 
-    def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
+    def requests(self, body: dict, is_stream: bool) -> list[dict]:
         temperature, others = body["temperature"], ("top_p", "top_k", "min_p")
         settings = {"max_new_tokens": body.get("max_tokens", self.context), "do_sample": temperature > 0}
         settings["repetition_penalty"] = body["repetition_penalty"]
@@ -244,7 +244,7 @@ class VLLMEngine(Engine):
             reason = "vLLM reasons always or never, as the server was started; transformers serve lets you choose."
             raise HTTPException(400, reason)
 
-    def requests(self, path: str, body: dict, is_stream: bool) -> list[dict]:
+    def requests(self, body: dict, is_stream: bool) -> list[dict]:
         if is_stream:
             body["stream_options"] = {"include_usage": True}
         if "messages" in body and self.sizes:
@@ -252,7 +252,7 @@ class VLLMEngine(Engine):
         for message in body.get("messages", []):
             for call in message.get("tool_calls") or []:
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return super().requests(path, body, is_stream)
+        return super().requests(body, is_stream)
 
 
 ENGINES = {engine.name: engine for engine in (VLLMEngine, TransformersEngine)}
