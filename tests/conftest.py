@@ -37,10 +37,15 @@ PICTURES = ("pixel_values", "patch_pixel_values", "num_patches")
 needs_vllm = pytest.mark.skipif(VLLM_HOME is None, reason="run by `bash scripts/test.sh --engines DIRECTORY`")
 
 
+def python(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python in another process."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **environment})
+
+
 def run(script: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
     """Runs one of the scripts, in whichever folder it is, as from a shell."""
-    command = [sys.executable, str(next((ROOT / "scripts").rglob(script))), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+    return python(next((ROOT / "scripts").rglob(script)), *arguments, **environment)
 
 
 def cache_of(output):

@@ -2,12 +2,11 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,13 +34,8 @@ def steps(page: Path) -> str:
 def test_what_is_to_be_typed_runs(page, tmp_path):
     for path in ROOT.glob("[!.]*"):  # what is made is made elsewhere
         (tmp_path / path.name).symlink_to(path)
-    environment = {
-        **os.environ,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-    }
-    command = [sys.executable, "-c", steps(page)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    result = python("-c", steps(page), cwd=tmp_path, PATH=path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stdout + result.stderr
 
 

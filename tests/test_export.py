@@ -1,13 +1,11 @@
 """`scripts/export_onnx.py`, and `scripts/run_onnx.py`, which answers with what it makes."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import python, run
 
 
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -27,8 +25,7 @@ ALONE = "import sys; sys.modules.update(dict.fromkeys({}, None)); import runpy; 
 
 
 def run_alone(program: str, *missing: str) -> str:
-    command = [sys.executable, "-c", ALONE.format(missing) + program]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = python("-c", ALONE.format(missing) + program)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from io import BytesIO
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 
 
 pytest.importorskip("peft")
@@ -465,9 +465,9 @@ def test_the_trained_model_is_gone_before_the_merged_one_is_made(folder, monkeyp
 
 
 def tune_in_two(folder, output, *more, launch=("--config_file", SCRIPTS / "fsdp2.yaml")):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--num_processes", "2"]
-    command += [SCRIPTS / "finetune.py", *options_of(folder, output, *more, "--per_device_train_batch_size", 4)]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+    options = options_of(folder, output, *more, "--per_device_train_batch_size", 4)
+    command = ("-m", "accelerate.commands.launch", *launch, "--num_processes", 2, SCRIPTS / "finetune.py", *options)
+    result = python(*command)
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 

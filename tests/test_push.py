@@ -3,11 +3,8 @@
 import base64
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +14,7 @@ import convert_checkpoint
 import push_to_hub
 import pytest
 from checkpoint_files import Step3TextConfig, Step3VLConfig
-from conftest import ROOT, assert_same_files, edit_json, run
+from conftest import ROOT, assert_same_files, edit_json, python, run
 from draw_scene import draw_scene
 from safetensors.torch import load_file, save_file
 
@@ -152,9 +149,7 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path, capsy
     code += f"assert torch.equal(load({REPO!r}), load(sys.argv[1]))\n" + usage
     shutil.copy(ROOT / "LICENSE", tmp_path)
     draw_scene(0).image.convert("RGB").save(tmp_path / "picture.jpg")
-    environment = {**os.environ, **push.environment}
-    command = [sys.executable, "-c", code, directory]
-    used = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    used = python("-c", code, directory, cwd=tmp_path, **push.environment)
     assert used.returncode == 0 and used.stdout.strip(), used.stderr
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, python, run
 from make_sparse_model import make_sparse_model
 
 from step3_vl import Step3VLConfig
@@ -48,8 +48,7 @@ def test_experts_take_no_memory(part, fp8, tmp_path):
     start = time.perf_counter()
     make_sparse_model(tmp_path / "model", Step3VLConfig(), fp8)
     making = time.perf_counter() - start
-    command = [sys.executable, "-c", PROGRAM, tmp_path / "model", part]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = python("-c", PROGRAM, tmp_path / "model", part)
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout)
     seconds = {"making": making, "opening": seen["opening"], "computing": seen["computing"]}

@@ -1,8 +1,5 @@
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from conftest import (
     assert_same_tensors,
     edit_json,
     load_whole,
+    python,
     small_config,
     small_model,
     weights_in,
@@ -179,9 +177,8 @@ print(json.dumps(names))
 
 def test_a_saved_directory_needs_nothing_else(random_model_dir, tmp_path):
     """What its own code saves is complete, too."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, random_model_dir, tmp_path / "again"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    arguments = ("-c", WITHOUT_THE_PACKAGE, random_model_dir, tmp_path / "again")
+    result = python(*arguments, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == {**AUTO_CLASSES, "AutoImageProcessor": "Step3VLImageProcessor"}
     folders = (random_model_dir, tmp_path / "again")

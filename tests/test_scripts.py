@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import benchmark
 import pytest
 import torch
-from conftest import ROOT, VLLM_HOME, assert_close, needs_vllm, run, weights_in
+from conftest import ROOT, VLLM_HOME, assert_close, needs_vllm, python, run, weights_in
 from describe import TINY
 from PIL import Image
 
@@ -76,8 +76,8 @@ def step3(tmp_path):
     """Runs the command `step3` of the package as pip installs it, where torch and datasets must not be imported."""
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "build", "checkpoints", "tests")
     shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
-    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
-    result = subprocess.run([*pip, tmp_path / "site", tmp_path / "source"], capture_output=True, text=True)
+    pip = ("-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--target", tmp_path / "site")
+    result = python(*pip, tmp_path / "source")
     assert result.returncode == 0, result.stderr
     shutil.rmtree(tmp_path / "source")
     (tmp_path / "blocked").mkdir()
@@ -86,9 +86,8 @@ def step3(tmp_path):
 
     def run(*arguments, with_torch: bool = False) -> subprocess.CompletedProcess:
         folders = [tmp_path / "site", *[tmp_path / "blocked"] * (not with_torch)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, reversed(folders)))}
-        command = [sys.executable, tmp_path / "site" / "bin" / "step3", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        path = os.pathsep.join(map(str, reversed(folders)))
+        return python(tmp_path / "site" / "bin" / "step3", *arguments, cwd=tmp_path, PYTHONPATH=path)
 
     return run
 
@@ -123,7 +122,7 @@ def test_fuzz_finds_nothing():
 @pytest.mark.defect(20)
 def test_no_dead_code_and_one_style():
     for command in (["check", "."], ["format", "--check", "."]):
-        result = subprocess.run([sys.executable, "-m", "ruff", *command], capture_output=True, text=True, cwd=ROOT)
+        result = python("-m", "ruff", *command)
         assert result.returncode == 0, result.stdout + result.stderr
 
 

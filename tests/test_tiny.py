@@ -1,10 +1,8 @@
 """step3-tiny, the small trained checkpoint, and the scripts that draw its scenes, train it and question it."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 import train_tiny
 from checkpoint_files import expected_shapes
-from conftest import ROOT, run, weights_in
+from conftest import ROOT, python, run, weights_in
 from describe import TINY
 from draw_dialogue import Turn
 from evaluate_tiny import accuracies, answer_conversations, answer_scenes, fresh_conversations, fresh_scenes
@@ -136,9 +134,8 @@ for batch_size in (64, 1):
 
 @pytest.mark.releases
 def test_answers_by_remote_code(tmp_path):
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", BY_REMOTE_CODE, str(TINY), str(ROOT / "scripts" / "tiny")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    arguments = ("-c", BY_REMOTE_CODE, TINY, ROOT / "scripts" / "tiny")
+    result = python(*arguments, cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
     assert result.returncode == 0, result.stderr[-3000:]
 
 
