@@ -68,10 +68,6 @@ def test_answers(tiny, processor):
     assert len(wrong) <= 5, [(answer.question, answer.truth, answer.answer) for answer in wrong]
 
 
-# What step3-tiny is often wrong about, as its README says.
-HARD = {"which", "different", "it"}
-
-
 def texts(answered) -> list[list[str]]:
     return [[answer.answer for answer in conversation] for conversation in answered]
 
@@ -82,9 +78,10 @@ def test_conversations_about_no_picture_to_four(tiny, processor):
     conversations = fresh_conversations(seed=1, count=60)
     assert {turns[-1].pictures for turns in conversations} == {0, 1, 2, 3, 4}
     answered = answer_conversations(tiny, processor, conversations)
-    turns = [answer for conversation in answered for answer in conversation if answer.kind not in HARD]
+    # It often cannot say what is different, as its README says.
+    turns = [answer for conversation in answered for answer in conversation if answer.kind != "different"]
     wrong = [answer for answer in turns if not answer.is_right]
-    assert len(wrong) <= 0.05 * len(turns), [(answer.question, answer.truth, answer.answer) for answer in wrong]
+    assert len(wrong) <= 0.03 * len(turns), [(answer.question, answer.truth, answer.answer) for answer in wrong]
     with_cache = answer_conversations(tiny, processor, conversations[:20], with_cache=True)
     assert texts(with_cache) == texts(answered[:20])
 
@@ -99,7 +96,7 @@ def test_a_numbered_picture_is_answered_as_it_is_alone(tiny, processor):
             conversations.append([Turn((*group, f"In picture {number}: {question}"), kind, question, answer, 3)])
     answered = answer_conversations(tiny, processor, conversations)
     wrong = [answer for (answer,) in answered if not answer.is_right]
-    assert len(wrong) <= 4, [(answer.question, answer.truth, answer.answer) for answer in wrong]
+    assert len(wrong) <= 1, [(answer.question, answer.truth, answer.answer) for answer in wrong]
 
 
 def test_a_pipeline_holds_a_conversation():

@@ -17,7 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from draw_dialogue import MAX_PICTURES, Turn, draw_dialogue, draw_question, messages_of
+from draw_dialogue import (
+    MAX_PICTURES,
+    Turn,
+    about_all,
+    differing_scene,
+    draw_dialogue,
+    draw_question,
+    messages_of,
+    referring,
+)
 from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
 from make_random_model import make_tokenizer
 from torch.nn.functional import cross_entropy
@@ -78,9 +87,9 @@ MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
 # Seeds that training does not use.
 EVALUATION_SEEDS = 10**9
-STEPS = 12_000
+STEPS = 13_500
 # The first steps are about single scenes, of which a step takes half the time.
-SCENES_ALONE = 2000
+SCENES_ALONE = 2500
 # The whereabouts of an image token: its picture's number, and the row and column of its cell, as words.
 WHEREABOUTS = (
     tuple(str(number) for number in range(1, MAX_PICTURES + 1)),
@@ -133,7 +142,7 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 class Lessons(Dataset):
     """
-    Conversations by seed: at first `num_scenes` about a single scene, then a quarter. Each image token has a hint: a
+    Conversations by seed: at first `num_scenes` about a single scene, then a fifth. Each image token has a hint: a
     word for what it shows.
     """
 
@@ -147,14 +156,16 @@ class Lessons(Dataset):
         seed = self.first_seed + index
         choose = random.Random(seed)
         task = (
-            choose.choices(("scene", "recall", "talk"), weights=(1, 1, 2))[0] if index >= self.num_scenes else "scene"
+            choose.choices(("scene", "recall", "compare", "talk"), weights=(1, 1, 1, 2))[0]
+            if index >= self.num_scenes
+            else "scene"
         )
         if task == "talk":
             turns = draw_dialogue(seed, turns=choose.randint(1, MAX_QUESTIONS))
             return {**sample_of(turns), "hints": draw_hints(choose, scenes_of(turns))}
-        if task == "recall":
+        if task in ("recall", "compare"):
             scenes = [draw_scene(choose.getrandbits(40)) for _ in range(choose.choice((2, 2, 3)))]
-            return draw_recall(choose, scenes)
+            return draw_recall(choose, scenes) if task == "recall" else draw_comparison(choose, scenes)
         scene = draw_scene(seed)
         # Together, one of these would give away the other.
         task = choose.choices(("describe", "recall", "ask"), weights=(7, 7, 6))[0]
@@ -179,8 +190,10 @@ def sample_of(turns: list[Turn]) -> dict:
     return {"messages": messages_of(turns), "scenes": scenes_of(turns), "asked": asked, "hints": [], "cues": []}
 
 
-def make_sample(choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]], asked: list[int]) -> dict:
-    """A conversation that starts with pictures and has a question about one of them and its answer in each turn."""
+def make_sample(
+    choose: random.Random, scenes: list[Scene], questions: list[tuple[str, str]], asked: list[int | None]
+) -> dict:
+    """A conversation that starts with pictures and has a question and its answer in each turn."""
     turns, content = [], scenes
     for (question, answer), number in zip(questions, asked, strict=True):
         turns.append(Turn((*content, question), "", question, answer, len(scenes), number))
@@ -198,6 +211,24 @@ def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
     ]
     asked = [number - 1 for number, _ in numbered]
     return {**make_sample(choose, scenes, questions, asked), "cues": cues}
+
+
+def draw_comparison(choose: random.Random, scenes: list[Scene]) -> dict:
+    """Questions for which the pictures must be compared, and which shape it was that a comparison found."""
+    questions = []
+    if len(scenes) == 2:
+        second, difference = differing_scene(choose, scenes[0])
+        if choose.random() < 0.7:
+            scenes = [scenes[0], second]
+            questions = about_all(choose, scenes, difference)
+    found = {q.text: q for _ in range(20) for q in about_all(choose, scenes, None) if q.kind == "which"}
+    for question in found.values():
+        questions.append(question)
+        if question.shape and choose.random() < 0.5:
+            questions += [q for q in referring(choose, scenes, question) if q.kind == "it"][:1]
+    questions = questions[:MAX_QUESTIONS]
+    asked = [question.picture if question.kind == "it" else None for question in questions]
+    return make_sample(choose, scenes, [(question.text, question.answer) for question in questions], asked)
 
 
 class Exercises(Dataset):
