@@ -195,9 +195,11 @@ class Quantiser:
             return
         counts = torch.stack([self.counts[f"layer {number}"] for number in self.text.moe_layers])
         print(describe(counts, self.text.moe_layers))
+        needed = self.arguments.min_tokens
         for number, row in zip(self.text.moe_layers, counts, strict=True):
-            if rare := (row < self.arguments.min_tokens).nonzero().flatten().tolist():
-                print(f"layer {number}: calibrated on the nearest {self.arguments.min_tokens} tokens: experts {rare}")
+            if rare := (row < needed).nonzero().flatten().tolist():
+                nearest = min(needed, int(row.sum()) // self.text.moe_top_k)
+                print(f"layer {number}: calibrated on the nearest {nearest} tokens: experts {rare}")
 
 
 def shard_files(package: Path, count: int) -> list[Path]:
@@ -205,11 +207,14 @@ def shard_files(package: Path, count: int) -> list[Path]:
 
 
 def index_files(package: Path, files: list[Path]) -> None:
-    weight_map = {}
+    weight_map, total_size = {}, 0
     for path in files:
         with safe_open(path, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), path.name)
-    write_index(package, weight_map, sum(path.stat().st_size for path in files))
+        with path.open("rb") as file:
+            # Before the tensors are the length of the header, in 8 bytes, and the header.
+            total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    write_index(package, weight_map, total_size)
 
 
 def read_quantised(directory: Path) -> Checkpoint:

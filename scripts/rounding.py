@@ -177,9 +177,10 @@ class LayerQuantiser:
 
     def smooth(self, before: nn.Module, magnitude: torch.Tensor, groups: Iterable, others: list[nn.Module]) -> None:
         """
-        Scales inputs up, and the weights of `before`, which makes them, down, so that rounding disturbs those of large
-        `magnitude` less (AWQ, https://arxiv.org/abs/2306.00978). `groups` are linear layers and the second moment of
-        their inputs, for which the best power of the magnitude is chosen; `others` have the same inputs.
+        Scales the weights that read inputs of large `magnitude` up, so that rounding disturbs them less, and the weights
+        of `before`, which makes the inputs, down (AWQ, https://arxiv.org/abs/2306.00978). `groups` are linear layers and
+        the second moment of their inputs, for which the best power of the magnitude is chosen; `others` have the same
+        inputs.
         """
         powers = [(magnitude.clamp(min=1e-4) ** (i / 20)) for i in range(20)]
         scales = [power / (power.max() * power.min()).sqrt() for power in powers]

@@ -1,5 +1,6 @@
 """`step3 quantise` and what it writes: as right as the model, loaded, trained on, merged, and turned back."""
 
+import json
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_what_is_written_answers_right_and_turns_back(tmp_path, written, whole, 
     assert divergence(whole, model) < 0.1
 
     assert main([str(written(name)), str(tmp_path / "plain"), "--format", "bfloat16"]) == 0
+    index = json.loads((written(name) / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights_in(written(name)).values())
     weights, plain = weights_in(TINY), weights_in(tmp_path / "plain")
     assert {n: x.shape for n, x in plain.items()} == {n: x.shape for n, x in weights.items()}
     assert bytes_of_experts(tmp_path / "plain") / bytes_of_experts(written(name)) > factor
@@ -163,8 +166,11 @@ def test_rarely_chosen_experts_are_named_and_calibrated(tmp_path, data, capsys):
         assert main([str(TINY), str(tmp_path / count), *options, "--min-tokens", count]) == 0
         packed.append(weights_in(tmp_path / count))
     text = AutoModelForImageTextToText.from_pretrained(TINY).config.text_config
-    rare = [line for line in capsys.readouterr().out.splitlines() if "the nearest 100000 tokens" in line]
-    assert len(rare) == len(text.moe_layers) and str(list(range(text.moe_num_experts))) in rare[0]
+    said = re.findall(r"layer (\d+): calibrated on the nearest (\d+) tokens: experts (.*)", capsys.readouterr().out)
+    layers, nearest, rare = zip(*said[-len(text.moe_layers) :], strict=True)
+    assert list(map(int, layers)) == list(text.moe_layers)
+    assert set(rare) == {str(list(range(text.moe_num_experts)))}
+    assert all(1 < int(number) < 1000 for number in nearest)  # all that the conversation has
     for name in packed[0]:
         if re.search(rf"layers\.{text.moe_layers[0]}\..*experts.*packed", name):
             assert not torch.equal(packed[0][name], packed[1][name]), name
