@@ -162,12 +162,12 @@ def transforms_of(model: PreTrainedModel) -> list[WeightConverter | WeightRenami
     return transforms
 
 
-def open_files(paths: list[str], weights_only: bool) -> dict[str, torch.Tensor]:
-    """The tensors of files, memory-mapped, so that each is read when it is needed."""
+def open_files(paths: list[str], **options) -> dict[str, torch.Tensor]:
+    """The tensors of files, memory-mapped unless `options` say otherwise, so that each is read when it is needed."""
     tensors = {}
     for path in paths:
         try:
-            tensors |= load_state_dict(path, weights_only=weights_only)
+            tensors |= load_state_dict(path, **options)
         except RuntimeError as error:
             if "unable to mmap" not in str(error):
                 raise
@@ -404,7 +404,9 @@ class Step3Checkpoint:
                 module.support_avx512bf16_for_cpu = False
         if is_linear or is_mapped or is_fp8:
             if state_dict is None:
-                state_dict = open_files(checkpoint_files, load_config.weights_only)
+                disable_mmap = False if is_mapped else load_config.disable_mmap
+                options = {"weights_only": load_config.weights_only, "disable_mmap": disable_mmap}
+                state_dict = open_files(checkpoint_files, **options)
             if is_mapped or is_fp8:
                 check_fp8(state_dict, settings)
             if is_mapped:

@@ -164,11 +164,14 @@ class Fusible(nn.Module):
         layer was given other weights or must be called.
         """
         layers = [getattr(self, name) for name in self.fusible]
-        is_fused = self.fused is not None and not torch.is_grad_enabled()
-        pairs = zip(layers, self.parts or (), strict=False)
-        is_fused = is_fused and all(not obstacle_of(x) and x.weight is part for x, part in pairs)
-        if is_fused and (torch.compiler.is_compiling() or self.parts[0].data_ptr() == self.fused.data_ptr()):
-            return multiply(self.fused, states).split([part.shape[0] for part in self.parts], dim=-1)
+        if self.fused is not None and not torch.is_grad_enabled():
+            sizes = [part.shape[0] for part in self.parts]
+            is_fused = all(not obstacle_of(x) and x.weight is part for x, part in zip(layers, self.parts, strict=True))
+            if is_fused and not torch.compiler.is_compiling():  # where tensors have no address
+                views = self.fused.split(sizes)
+                is_fused = all(part.data_ptr() == view.data_ptr() for part, view in zip(self.parts, views, strict=True))
+            if is_fused:
+                return multiply(self.fused, states).split(sizes, dim=-1)
         return tuple(apply_linear(layer, states) for layer in layers)
 
     def obstacle(self) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from conversations import BadData, Conversation, iterate_conversations
 from describe import TINY, add_model_options, load
-from files import naming, replacing
+from files import locked, naming, replacing
 from tqdm import tqdm
 from training_data import Sample, make_samples
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, logging, set_seed
@@ -71,7 +71,7 @@ def read_partial(partial: Path, settings: dict) -> dict[int, dict]:
     The results that an interrupted run has left in `partial`, by number. Removes an incomplete line at its end. Raises
     a `ValueError` if that run's settings were others.
     """
-    data = partial.read_bytes() if partial.exists() else b""
+    data = partial.read_bytes()
     size = data.rfind(b"\n") + 1
     first, *results = map(json.loads, data[:size].splitlines() or [json.dumps(settings)])
     if other := [name for name in settings if settings[name] != first.get(name)]:
@@ -121,32 +121,33 @@ def answer_requests(arguments: argparse.Namespace) -> str:
     names = ("model", "max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: str(getattr(arguments, name)) for name in names}
     settings["requests"] = hashlib.sha256(json.dumps([row for row, _ in requests]).encode()).hexdigest()
-    results = read_partial(partial, settings)
-    # Batches of similar lengths have little padding. The longest come first, so that a lack of memory shows at once.
-    missing = sorted(set(range(len(requests))) - results.keys(), key=lambda number: (-lengths[number], number))
-    if missing:
-        model, _ = load(arguments.model, arguments.device, arguments.dtype, arguments.experts_implementation)
-    options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
-    if arguments.temperature > 0:
-        options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    set_seed(arguments.seed + len(results))  # after an interruption, not the random numbers from the beginning
-    with tqdm(total=len(requests), initial=len(results), desc="Answers", unit=" requests") as progress:
-        for start in range(0, len(missing), arguments.batch_size):
-            batch = missing[start : start + arguments.batch_size]
-            answers = generate_answers(model, processor, [requests[number][1] for number in batch], options)
-            with naming(partial), partial.open("a") as file:
-                for number, result in zip(batch, answers, strict=True):
-                    results[number] = {"number": number, **result}
-                    file.write(json.dumps(results[number]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            progress.update(len(batch))
+    with locked(partial, output):
+        results = read_partial(partial, settings)
+        # Batches of similar lengths have little padding. The longest come first, so that a lack of memory shows soon.
+        missing = sorted(set(range(len(requests))) - results.keys(), key=lambda number: (-lengths[number], number))
+        if missing:
+            model, _ = load(arguments.model, arguments.device, arguments.dtype, arguments.experts_implementation)
+        options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+        if arguments.temperature > 0:
+            options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+        set_seed(arguments.seed + len(results))  # after an interruption, not the random numbers from the beginning
+        with tqdm(total=len(requests), initial=len(results), desc="Answers", unit=" requests") as progress:
+            for start in range(0, len(missing), arguments.batch_size):
+                batch = missing[start : start + arguments.batch_size]
+                answers = generate_answers(model, processor, [requests[number][1] for number in batch], options)
+                with naming(partial), partial.open("a") as file:
+                    for number, result in zip(batch, answers, strict=True):
+                        results[number] = {"number": number, **result}
+                        file.write(json.dumps(results[number]) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                progress.update(len(batch))
 
-    with replacing(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        for number, (row, _) in enumerate(requests):
-            row = with_answer(row, results[number]["message"], output.parent)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    partial.unlink()
+        with replacing(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+            for number, (row, _) in enumerate(requests):
+                row = with_answer(row, results[number]["message"], output.parent)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.unlink()
     num_cut = sum(result["is_cut"] for result in results.values())
     return f"{len(requests)} requests answered" + f", {num_cut} up to the maximum length" * (num_cut > 0)
 

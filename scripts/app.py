@@ -89,7 +89,8 @@ def page(model, processor, title: str) -> gradio.Blocks:
     def ask(message: dict, turns: list[dict], shown: list):
         answer = ""
         try:
-            images = [processor.image_processor.process_image(Image.open(path)) for path in message["files"]]
+            files = processor.image_processor.fetch_images(message["files"])
+            images = [processor.image_processor.process_image(image, do_convert_rgb=True) for image in files]
             text = [{"type": "text", "text": message["text"]}] if message["text"] else []
             turns = [*turns, {"role": "user", "content": [*map(model.picture_part, images), *text]}]
             shown = [*shown, *(cut(image, processor) for image in images)]

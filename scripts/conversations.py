@@ -21,7 +21,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, takewhile
@@ -463,6 +463,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Callable[[], dict]]]:
             yield from ((f"{path}:{number}", partial(without_none, row)) for number, row in enumerate(rows, 1))
             return
         files = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl"))
+        # Hidden ones are copies of editors and notebooks.
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if len({file.stem.split("-")[0] for file in files}) != 1:
             raise ValueError(f"must have Parquet or JSONL files of one split, got {shown([x.name for x in files])}")
         for file in files:
@@ -499,20 +501,12 @@ def iterate_conversations(
                 faults += [(place, text) for text in found]
     except ValueError as error:
         faults.append((str(path), str(error)))
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        faults.append((str(path), str(error)))  # pyarrow's, about a damaged file
     if place is None and not faults:
         faults.append((str(path), "is empty"))
-
-
-def read_conversations(path: Path, faults: list[tuple[str, str]] | None = None) -> list[Conversation]:
-    """
-    The valid conversations of a file or directory, without opening their images. Errors are added to `faults`, as pairs
-    of a place and a text, or else raised as `BadData`.
-    """
-    found = [] if faults is None else faults
-    conversations = list(iterate_conversations(path, found))
-    if found and faults is None:
-        raise BadData(found)
-    return conversations
 
 
 def check_pictures(
@@ -552,9 +546,18 @@ def check_pictures(
 
 @contextmanager
 def picture_sizes() -> Iterator[dict[str, list]]:
-    """The sizes that earlier checks of images found, for `check_pictures`; what is added is remembered."""
-    known = parse_json(SIZES.read_bytes()) if SIZES.exists() else {}
-    before = len(known)
-    yield known
-    if len(known) > before:
-        write_json(SIZES, known)
+    """
+    The sizes that earlier checks of images found, for `check_pictures`. What is added is remembered, if the cache can
+    be written.
+    """
+    try:
+        known = parse_json(SIZES.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    before = dict(known)
+    try:
+        yield known
+    finally:
+        if known != before:
+            with suppress(OSError):
+                write_json(SIZES, known)

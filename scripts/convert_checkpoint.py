@@ -10,7 +10,6 @@ python scripts/convert_checkpoint.py SOURCE --engines
 import argparse
 import copy
 import errno
-import fcntl
 import filecmp
 import hashlib
 import math
@@ -42,7 +41,7 @@ from checkpoint_files import (
     weight_block,
 )
 from engines import engine_facts, packed_form, table, warnings
-from files import naming, replacing, sync, write_bytes, write_json
+from files import locked, naming, replacing, sync, sync_all, write_bytes, write_json
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -407,17 +406,14 @@ def write_whole(target: Path, run: dict, write: Callable[[Path], None]) -> None:
     """
     Has `write` fill a directory, and renames it to `target` when it is complete. Until then it is
     `TARGET.partial/package`, which the same call, with the same `run`, hands to `write` again. Raises a
-    `CheckpointError` if `target` exists, or another run is writing it or has stopped.
+    `CheckpointError` if `target` exists or a run with other options has stopped, and a `BlockingIOError` if another run
+    is writing it.
     """
     partial = partial_of(target)
     package, run_file = partial / "package", partial / "run.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir(exist_ok=True)
-    with (partial / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError([f"another run is writing {target}."]) from None
+    with locked(partial / "lock", target):
         if run_file.exists():
             if read_json(run_file) != run:
                 message = "is an unfinished run of another source or with other options; repeat that one or remove it"
@@ -435,8 +431,7 @@ def write_whole(target: Path, run: dict, write: Callable[[Path], None]) -> None:
             except CheckpointError:  # resuming would fail in the same way
                 shutil.rmtree(partial)
                 raise
-            for path in [*package.iterdir(), package]:
-                sync(path)
+            sync_all(package)
             package.rename(target)
             sync(target.parent)
         shutil.rmtree(partial)

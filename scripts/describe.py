@@ -37,7 +37,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def load(
     model: str | Path, device: str | None = None, dtype: str = "auto", experts_implementation: str | None = None
 ) -> tuple[PreTrainedModel, Step3VLProcessor]:
-    """A model, given as a directory or hub id, and its processor. Raises an `OSError` if they cannot be read."""
+    """
+    A model, given as a directory or hub id, and its processor. Raises an `OSError` if they cannot be read, or a
+    `ValueError` if a package that they need is missing.
+    """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda":  # "auto" spreads the model over all GPUs, but not mapped experts
@@ -46,7 +49,10 @@ def load(
         device_map = {"": device}
     processor = AutoProcessor.from_pretrained(model)
     options = {"dtype": dtype, "device_map": device_map, "experts_implementation": experts_implementation}
-    return AutoModelForImageTextToText.from_pretrained(model, **options), processor
+    try:
+        return AutoModelForImageTextToText.from_pretrained(model, **options), processor
+    except ImportError as error:
+        raise ValueError(str(error)) from None
 
 
 def open_picture(path: Path) -> Image.Image:

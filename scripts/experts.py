@@ -10,12 +10,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from conversations import BadData, Conversation, check_pictures, read_conversations
+from conversations import BadData
 from describe import load
 from files import replacing, write_json
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from training_data import Sample, read_all
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from step3_vl import Step3VLProcessor
 
@@ -26,7 +27,7 @@ COLOURS = ((255, 255, 255), (214, 40, 40))  # of an expert that is never chosen,
 
 @torch.no_grad()
 def count_choices(
-    model: PreTrainedModel, processor: Step3VLProcessor, conversations: list[Conversation], batch_size: int
+    model: PreTrainedModel, processor: Step3VLProcessor, samples: list[Sample], batch_size: int
 ) -> torch.Tensor:
     """Counts how many tokens of the conversations, without padding, choose each expert: (MoE layers, experts)."""
     text = model.config.get_text_config()
@@ -40,11 +41,11 @@ def count_choices(
     routers = [module for name, module in model.named_modules() if name.endswith(".moe.gate")]
     for router, row in zip(routers, counts, strict=True):
         router.register_forward_hook(lambda module, inputs, output, row=row: count(row, output))
-    for start in tqdm(range(0, len(conversations), batch_size), "Batches"):
-        batch = conversations[start : start + batch_size]
+    for start in tqdm(range(0, len(samples), batch_size), "Batches"):
+        batch = samples[start : start + batch_size]
         inputs = processor(
-            text=[processor.apply_chat_template(x.messages, tools=x.tools) for x in batch],
-            images=[conversation.images for conversation in batch],
+            text=[sample.prompt + sample.answer for sample in batch],
+            images=[sample.images for sample in batch],
             add_special_tokens=False,
             padding=True,
             return_tensors="pt",
@@ -94,19 +95,16 @@ def main() -> None:
     if arguments.batch_size < 1:
         parser.error("--batch-size must be at least 1")
     device = None if torch.cuda.is_available() else "cpu"
-    faults = []
     try:
-        conversations = read_conversations(arguments.data, faults)
-        check_pictures(conversations, faults)
-        if faults:
-            raise BadData(faults)
+        max_length = AutoConfig.from_pretrained(arguments.model).get_text_config().longest_sequence
+        samples = read_all(arguments.data, AutoProcessor.from_pretrained(arguments.model), max_length)
         model, processor = load(arguments.model, device, experts_implementation=arguments.experts_implementation)
         layers = model.config.get_text_config().moe_layers
         if not layers:
             raise ValueError(f"{arguments.model} has no MoE layers, whose experts could be counted")
     except (BadData, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    counts = count_choices(model, processor, conversations, arguments.batch_size)
+    counts = count_choices(model, processor, samples, arguments.batch_size)
     print(describe(counts, layers))
     if arguments.output:
         write_json(arguments.output, {"layers": layers, "counts": counts.tolist()})

@@ -3,6 +3,7 @@
 import argparse
 import base64
 import errno
+import fcntl
 import json
 import os
 import tempfile
@@ -40,11 +41,33 @@ def replacing(path: Path) -> Iterator[Path]:
     with naming(path), tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         yield unfinished
-        sync(unfinished)
+        sync_all(unfinished)
         unfinished.replace(path)
+        sync(path.parent)
+
+
+@contextmanager
+def locked(path: Path, target: Path) -> Iterator[None]:
+    """
+    Holds the lock of a file, which it creates, while `target` is written. Raises a `BlockingIOError` if another process
+    holds it.
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another run is writing it", str(target)) from None
+        yield
+
+
+def sync_all(path: Path) -> None:
+    """Waits until a file, or a directory with all that is in it, is on the disk."""
+    for part in (*path.rglob("*"), path):
+        sync(part)
 
 
 def sync(path: Path) -> None:
+    """Waits until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

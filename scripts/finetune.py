@@ -104,6 +104,8 @@ RANGES = {
     "ask": (0, 10**9),
     "early_stopping_patience": (1, 10**6),
 }
+# What is written in the output besides the trainer's checkpoints.
+PARTS = ("data", "adapter", "model", "merged")
 # Without --eval_dataset, one conversation in HELD_OUT is used for evaluation, at most MAX_HELD_OUT in all.
 HELD_OUT, MAX_HELD_OUT = 20, 200
 # Answers to print at each evaluation, and how many more tokens than the right answer they may have.
@@ -300,6 +302,8 @@ def load_model(options: Options, model_options: ModelConfig, config: Step3VLConf
     """
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     if method in DEQUANTIZED:
+        if kwargs.get("quantization_config"):
+            raise ValueError(f"the weights are stored by {method}, which --load_in_4bit or 8bit cannot quantise again")
         kwargs["quantization_config"] = DEQUANTIZED[method](dequantize=True)
     if PartialState().device.type == "cuda" and PartialState().num_processes == 1:
         kwargs.setdefault("device_map", "auto")
@@ -459,12 +463,13 @@ def check_output(options: Options, training, model_options: ModelConfig) -> dict
 def finetune(options: Options, training, model_options: ModelConfig, config: Step3VLConfig) -> None:
     """Trains, merges, or both. Raises `BadData`, `OSError` or `ValueError` if the options, data or model are wrong."""
     output, settings = Path(training.output_dir), check_output(options, training, model_options)
-    processor = load_processor(model_options.model_name_or_path, options.max_pixels, options.max_patches)
+    limits = {"max_pixels": options.max_pixels, "max_patches": options.max_patches}
+    processor = load_processor(model_options.model_name_or_path, revision=model_options.model_revision, **limits)
     if getattr(training, "chat_template_path", None):
         processor.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     PartialState().wait_for_everyone()  # before the first writes to the output
     if PartialState().is_main_process:  # left by a run that was killed
-        for unfinished in output.glob(".*-*"):
+        for unfinished in (path for name in PARTS for path in output.glob(f".{name}-*")):
             shutil.rmtree(unfinished)
     max_length = training.max_length or config.get_text_config().longest_sequence
     data = prepare_data(options, output, settings, max_length, processor)

@@ -33,8 +33,8 @@ from safetensors import safe_open
 from yaml import YAMLError
 
 
-# Directories that the hub's client creates and does not upload.
-CLIENT_FOLDERS = (".cache", ".git")
+# What the hub and its client add to a model and do not upload.
+HUB_FILES = (".cache", ".git", ".gitattributes")
 SECRETS = {
     "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}",
     "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}",
@@ -47,7 +47,7 @@ SECRETS = {
     "a JSON web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
     "a password in a URL": r"\w://[^\s/:@\"']*:[^\s/@\"']+@[\w\[]",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a path on a machine": r"/(?:home|Users)/[\w.-]+[/\"']|[\"'\s=:]/root/\w|\b[A-Za-z]:\\+Users\\+\w"
+    "a path on a machine": r"(?<![\w.-])/(?:home|Users)/[\w.-]+[/\"']|[\"'\s=:]/root/\w|\b[A-Za-z]:\\+Users\\+\w"
     r'|name_or_path"\s*:\s*"(?:[/~.\\]|[A-Za-z]:)',
 }
 RELEASED = "stepfun-ai/step3"
@@ -102,7 +102,7 @@ def check_package(checkpoint: Checkpoint) -> list[Path]:
         if path.name in known:
             with collecting(problems):
                 files.append(locate(directory, path.name))
-        elif path.name not in CLIENT_FOLDERS:
+        elif path.name not in HUB_FILES:
             problems.append(f"{repr(path.name)[1:-1]}: is not part of a model; move it away.")
     names = {path.name for path in files}
     auto_maps = {"config.json": type(checkpoint.config).carried_auto_map}
@@ -225,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
         api.create_repo(repo_id, private=arguments.private, exist_ok=True)
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
             write_bytes(directory / "README.md", card.encode())
-        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes))
+        # Weights of an upload before, in other files, would be loaded instead or as well.
+        stale = ["model*.safetensors", INDEX]
+        api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes), delete_patterns=stale)
         if arguments.space:
             upload_space(api, repo_id, arguments.private)
     except (CheckpointError, KeyboardInterrupt) as error:

@@ -27,6 +27,7 @@ from checkpoint_files import (
     read_config,
     read_header,
     read_index,
+    weight_block,
 )
 from conversations import BadData
 from convert_checkpoint import (
@@ -45,7 +46,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
-from training_data import Sample, load_processor, read_samples
+from training_data import Sample, load_processor, read_all
+from transformers import FineGrainedFP8Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import logging
 
@@ -85,7 +87,10 @@ class Quantiser:
             return []
         config, _ = select(self.checkpoint, range(1), text_only=False)
         directory, kind = self.checkpoint.directory, getattr(step3_vl, config.architectures[0])
-        model = kind.from_pretrained(directory, config=config, dtype=torch.bfloat16, device_map=DEVICE)
+        options = {"dtype": torch.bfloat16, "device_map": DEVICE}
+        if weight_block(config):  # which GPUs would multiply as they are
+            options["quantization_config"] = FineGrainedFP8Config(dequantize=True)
+        model = kind.from_pretrained(directory, config=config, **options)
         processor, states = load_processor(directory), []
         for sample in tqdm(self.samples, "Embedding"):
             text, images = sample.prompt + sample.answer, sample.images or None
@@ -298,9 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
             status = arguments.calibrate.stat()
             options["calibrate"] = [str(arguments.calibrate.resolve()), status.st_size, status.st_mtime_ns]
             max_length, processor = checkpoint.config.text_config.longest_sequence, load_processor(directory)
-            samples = list(read_samples(arguments.calibrate, processor, faults := [], max_length=max_length))
-            if faults:
-                raise BadData(faults)
+            samples = read_all(arguments.calibrate, processor, max_length)
             samples = random.Random(0).sample(samples, min(arguments.samples, len(samples)))
         quantiser = Quantiser(checkpoint, arguments, samples)
         quantiser.check_groups()

@@ -177,8 +177,8 @@ class LayerQuantiser:
 
     def smooth(self, before: nn.Module, magnitude: torch.Tensor, groups: Iterable, others: list[nn.Module]) -> None:
         """
-        Scales the weights that read inputs of large `magnitude` up, so that rounding disturbs them less, and the weights
-        of `before`, which makes the inputs, down (AWQ, https://arxiv.org/abs/2306.00978). `groups` are linear layers and
+        Scales weights that read inputs of large `magnitude` up, so that rounding disturbs them less, and the weights of
+        `before`, which makes the inputs, down (AWQ, https://arxiv.org/abs/2306.00978). `groups` are linear layers and
         the second moment of their inputs, for which the best power of the magnitude is chosen; `others` have the same
         inputs.
         """

@@ -159,9 +159,17 @@ def read_samples(
                 yield sample
 
 
-def load_processor(model: str, max_pixels: int | None = None, max_patches: int | None = None) -> Step3VLProcessor:
-    limits = {"max_pixels": max_pixels, "max_patches": max_patches}
-    return AutoProcessor.from_pretrained(model, **{key: value for key, value in limits.items() if value is not None})
+def read_all(path: Path, processor: Step3VLProcessor, max_length: int | None) -> list[Sample]:
+    """All conversations of a file. Raises `BadData` if one has an error."""
+    samples = list(read_samples(path, processor, faults := [], max_length=max_length))
+    if faults:
+        raise BadData(faults)
+    return samples
+
+
+def load_processor(model: str, **options) -> Step3VLProcessor:
+    """The processor of a model, with those of the `options` that are not `None`."""
+    return AutoProcessor.from_pretrained(model, **{key: value for key, value in options.items() if value is not None})
 
 
 def describe(rows: list[tuple[int, int, int, int]], limit: int | None) -> str:
@@ -199,7 +207,8 @@ def main() -> None:
     arguments = parser.parse_args()
     faults, rows = [], []
     try:
-        processor = load_processor(arguments.model, arguments.max_pixels, arguments.max_patches)
+        limits = {"max_pixels": arguments.max_pixels, "max_patches": arguments.max_patches}
+        processor = load_processor(arguments.model, **limits)
         with ExitStack() as stack:
             file = arguments.json and stack.enter_context(stack.enter_context(replacing(arguments.json)).open("w"))
             for sample in read_samples(arguments.data, processor, faults, arguments.method):

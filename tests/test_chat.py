@@ -12,9 +12,10 @@ from threading import Thread
 import answer
 import chat
 import pytest
-from conversations import read_conversations
+from conversations import iterate_conversations
 from describe import TINY, load
 from draw_scene import draw_scene
+from files import locked
 
 from step3_vl.modeling_step3 import Step3TextModel, Step3TextMoE, Step3VisionModel
 
@@ -244,6 +245,8 @@ def test_interrupted_requests_are_each_answered_once_in_their_order(ask, scenes,
     assert "was begun with another requests" in ask()[1]
     requests.write_text("\n".join(map(json.dumps, rows)))
     assert "was begun with another temperature" in ask("--temperature", 1)[1]
+    with locked(partial, output):
+        assert "another run is writing it" in ask()[1]
     assert [ask("--batch-size", 2)[0] for _ in range(2)] == [130, 0] and sizes == [2, 2, 2, 1, 1]
 
     assert list(output.parent.iterdir()) == [output]
@@ -251,7 +254,7 @@ def test_interrupted_requests_are_each_answered_once_in_their_order(ask, scenes,
     assert [row["messages"].pop() for row in answered] == [{"role": "assistant", "content": text} for text in expected]
     assert [row | {"images": [name.removeprefix("../") for name in row["images"]]} for row in answered] == rows
     faults = []
-    assert len(read_conversations(output, faults)) == len(rows) and not faults, "they are data for fine-tuning"
+    assert len(list(iterate_conversations(output, faults))) == len(rows) and not faults, "they are data for fine-tuning"
     assert "exists already" in ask()[1]
 
 

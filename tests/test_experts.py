@@ -55,6 +55,10 @@ def test_faults_are_told_before_anything_is_counted(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}")
     result = run("experts.py", TINY, tmp_path / "data.jsonl", "--output", tmp_path / "counts.json")
     assert result.returncode == 2 and "data.jsonl:1" in result.stderr and "Traceback" not in result.stderr
+    long = [{"role": "user", "content": "word " * 3000}, {"role": "assistant", "content": "Two."}]
+    (tmp_path / "data.jsonl").write_text(json.dumps({"messages": long}))
+    result = run("experts.py", TINY, tmp_path / "data.jsonl", "--output", tmp_path / "counts.json")
+    assert result.returncode == 2 and "tokens, more than 2048" in result.stderr, result.stderr
     assert not (tmp_path / "counts.json").exists()
     result = run("experts.py", TINY, tmp_path / "data.jsonl", "--batch-size", -1)
     assert result.returncode == 2 and "--batch-size must be at least 1" in result.stderr

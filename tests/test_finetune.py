@@ -24,7 +24,7 @@ import datasets
 import finetune
 import pyarrow
 import torch
-from conversations import BadData, read_conversations
+from conversations import iterate_conversations
 from describe import TINY
 from draw_scene import draw_scene
 from finetune import Collator, rows_of
@@ -32,7 +32,8 @@ from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 from training_data import read_samples
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from trl import ModelConfig
 
 
 pytestmark = pytest.mark.releases
@@ -132,10 +133,14 @@ def test_one_conversation_in_every_form_has_the_same_labels(folder, tmp_path, pr
     embedded = [{**rows[0], "images": [{"bytes": (folder / "1.png").read_bytes(), "path": None}]}]
     parquet.write_table(pyarrow.Table.from_pylist(embedded), tmp_path / "rows.parquet")
     datasets.Dataset.from_list([{**rows[1], "images": [Image.open(picture)]}]).save_to_disk(tmp_path / "saved")
+    for name in ("train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / "lines.jsonl", tmp_path / "folder" / name)
     prompt, answer = rows[1]["messages"]
     given = [{**prompt, "content": [{"type": "image", "image": picture}, prompt["content"][1]]}, answer]
     expected = processor.apply_chat_template(given, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    for name, count in (("lines.jsonl", len(rows)), ("array.json", len(rows)), ("rows.parquet", 1), ("saved", 1)):
+    counts = {"lines.jsonl": len(rows), "array.json": len(rows), "folder": len(rows), "rows.parquet": 1, "saved": 1}
+    for name, count in counts.items():
         faults = []
         samples = list(read_samples(tmp_path / name, processor, faults, "sft"))
         assert not faults and len(samples) == count
@@ -253,8 +258,15 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
     # The lines of a JSON array are those where its elements begin.
     elements = [row for row, _ in cases if isinstance(row, dict)]
     (tmp_path / "data.json").write_text(json.dumps(elements, indent=1))
-    with pytest.raises(BadData, match=r"data\.json:2: `messages` must be a list"):
-        read_conversations(tmp_path / "data.json")
+    list(iterate_conversations(tmp_path / "data.json", faults := []))
+    assert faults[0][0] == f"{tmp_path / 'data.json'}:2" and "`messages` must be a list" in faults[0][1]
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"query": "?" * 1000, "response": "!"}]), tmp_path / "data.parquet")
+    damaged = bytearray((tmp_path / "data.parquet").read_bytes())
+    damaged[30:50] = bytes(20)
+    (tmp_path / "data.parquet").write_bytes(damaged)
+    list(iterate_conversations(tmp_path / "data.parquet", faults := []))
+    assert [place for place, _ in faults] == [str(tmp_path / "data.parquet")]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +299,7 @@ def test_every_fault_is_told_before_anything_is_loaded(folder, tmp_path):
 )
 def test_nothing_in_a_row_is_lost(tmp_path, row, message):
     data, faults = write_lines(tmp_path / "lost.jsonl", [row]), []
-    assert not read_conversations(data, faults)
+    assert not list(iterate_conversations(data, faults))
     assert faults[0][0] == f"{data}:1" and message in faults[0][1], faults
 
 
@@ -362,9 +374,27 @@ def test_the_data_command(folder, tmp_path, monkeypatch):
     )
     known = json.loads((tmp_path / "home" / "step3_vl" / "picture_sizes.json").read_text())
     assert len(known) == 48
-    read = conversations.read_conversations(folder / "train.jsonl")[:1]
+    read = list(iterate_conversations(folder / "train.jsonl", []))[:1]
     known = {read[0].images[0]: [os.stat(read[0].images[0]).st_mtime_ns, 7, 8]}
     assert conversations.check_pictures(read, [], known) == {read[0].images[0]: (7, 8)}
+
+
+def test_sizes_of_pictures_are_remembered(tmp_path, monkeypatch):
+    """Also of changed pictures, and after an interruption. A cache that cannot be read or written is done without."""
+    cache = tmp_path / "sizes.json"
+    monkeypatch.setattr(conversations, "SIZES", cache)
+    cache.write_text("damaged")
+    with pytest.raises(KeyboardInterrupt), conversations.picture_sizes() as known:
+        assert known == {}
+        known["a.png"] = [1, 7, 8]
+        raise KeyboardInterrupt
+    with conversations.picture_sizes() as known:
+        assert known == {"a.png": [1, 7, 8]}
+        known["a.png"] = [2, 9, 8]
+    assert json.loads(cache.read_text()) == {"a.png": [2, 9, 8]}
+    monkeypatch.setattr(conversations, "SIZES", cache / "in a file.json")
+    with conversations.picture_sizes() as known:
+        known["a.png"] = [1, 7, 8]
 
 
 def test_it_learns_and_merges_into_the_released_layout(trained, folder):
@@ -401,12 +431,13 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_does(trained, folder):
     (stopped / "checkpoint-30" / "trainer_state.json").write_text('{"epoch": ')
     for name in (".adapter-1", ".merged-1"):  # as a run leaves them that is killed
         shutil.copytree(folder / "trained" / "merged", stopped / name)
+    (stopped / ".venv-3.12").mkdir()  # the user's
     other = tune(folder, "stopped", *OPTIONS, "--resume", "--lora_r", 4)
     assert other.returncode == 2 and "began with another lora_r" in other.stderr
     assert "exists already" in tune(folder, "stopped", *OPTIONS).stderr
     result = tune(folder, "stopped", *OPTIONS, "--resume")
     assert result.returncode == 0, result.stderr
-    assert not list(stopped.glob(".*"))
+    assert [path.name for path in stopped.glob(".*")] == [".venv-3.12"]
     for name, weight in adapter_of(folder / "trained").items():
         assert torch.equal(adapter_of(stopped)[name], weight)
     assert "is finished" in tune(folder, "stopped", *OPTIONS, "--resume").stderr
@@ -500,6 +531,14 @@ def test_all_weights_are_learned_by_two_processes_that_split_them(folder):
     assert all(config[part] == configs[0][part] for config in configs for part in ("text_config", "auto_map"))
 
 
+def test_a_quantised_base_is_not_quantised_again():
+    config = AutoConfig.from_pretrained(TINY)
+    config.quantization_config = {"quant_method": "fp8"}
+    model_options = ModelConfig(model_name_or_path=str(TINY), load_in_4bit=True)
+    with pytest.raises(ValueError, match="stored by fp8, which --load_in_4bit"):
+        finetune.load_model(None, model_options, config, quantization_config=object())
+
+
 def test_vocabulary_and_vision_are_trained_and_merged(folder):
     options = ("--target", "vision,vocabulary", "--dtype", "bfloat16", "--max_steps", 2, "--ask", 1, "--merge")
     result = tune(folder, "vocabulary", *options)
@@ -559,13 +598,13 @@ def test_made_up_conversations(tmp_path):
     """Every second one to learn from is of an old kind, and those to measure with are all new."""
     assert run("draw_conversations.py", tmp_path / "scenes", "--train", 8, "--test", 3).returncode == 0
     for name, news in (("train", 4), ("test", 3)):
-        rows = read_conversations(tmp_path / "scenes" / f"{name}.jsonl")
+        rows = list(iterate_conversations(tmp_path / "scenes" / f"{name}.jsonl", []))
         assert [row.messages[0]["content"][1]["text"] for row in rows].count("What is there?") == news
     answer = rows[0].messages[1]["content"][0]["text"]
     assert answer.split(". ")[0] in ("One", "Two", "Three") and " at the " in answer
 
     options = "--train", 3, "--test", 1, "--pairs"
     assert run("draw_conversations.py", tmp_path / "pairs", *options).returncode == 0
-    for row in read_conversations(tmp_path / "pairs" / "train.jsonl"):
+    for row in iterate_conversations(tmp_path / "pairs" / "train.jsonl", []):
         assert row.messages[0]["content"][1]["text"] == "What is there?"
         assert row.rejected["content"][0]["text"].startswith("At the ")

@@ -111,6 +111,12 @@ def set_data(model):
         parameter.data = parameter.data.clone()
 
 
+def set_data_of_last_layers(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith(("v_proj.weight", "up_proj.weight")):
+            parameter.data = parameter.data.clone()
+
+
 def replace_layers(model):
     for layer in model.model.language_model.layers:
         layer.self_attn.k_proj = torch.nn.Sequential(layer.self_attn.k_proj)
@@ -125,6 +131,7 @@ def register_hooks(model):
     "change",
     [
         set_data,
+        set_data_of_last_layers,
         replace_layers,
         register_hooks,
         copy.deepcopy,

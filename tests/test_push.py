@@ -63,6 +63,9 @@ class Handler(BaseHTTPRequestHandler):
             files = [line["value"] for line in lines if line["key"] == "file"]
             uploaded = hub.space if self.path.startswith("/api/spaces/") else hub.files
             uploaded |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del uploaded[line["value"]["path"]]
             self.answer({"commitUrl": f"{hub.address}/{REPO}/commit/{'0' * 40}", "commitOid": "0" * 40})
         else:
             self.answer(status=403)
@@ -70,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub = self.server
         match = re.fullmatch(rf"/(api/models/)?{REPO}(?:/(resolve|tree|revision)/[^/]+)?/?([^?]*)(\?.*)?", self.path)
-        if match is None or not hub.files:
+        if match is None or hub.is_private is None:  # not created
             self.answer(status=404, X_Error_Code="RepoNotFound")
         elif match[2] == "tree":
             paths = [] if match[3] else hub.files  # of a folder that is not there, or all
@@ -130,10 +133,13 @@ def test_what_is_pushed_loads_from_the_hub(hub, push, directory, tmp_path, capsy
     result = push(directory, REPO, "--private")
     assert result.returncode == 1 and "403" in result.stderr and "Traceback" not in result.stderr, result.stderr
     hub.broken = False
+    hub.files["model.safetensors"] = b"weights of an earlier upload, which would be loaded instead"
+    (directory / ".gitattributes").write_text("the hub's own")
     result = push(directory, REPO, "--private", "--space")
     assert result.returncode == 0 and hub.is_private, result.stderr
     assert hub.space.keys() == {"README.md", "app.py", "page.py", "requirements.txt"}
     assert f"models: [{REPO}]" in hub.space["README.md"].decode()
+    (directory / ".gitattributes").unlink()
     assert hub.files == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
     lines = [line.split() for line in listed.out.splitlines()[:-1]]
     sizes = {name: len(content) for name, content in hub.files.items()}
@@ -239,7 +245,7 @@ def test_what_is_no_secret_goes_up(tmp_path, capsys):
         "https://wandb.ai/me/project/runs/a1b2c3d4 at 0123456789abcdef0123456789abcdef01234567",
         "https://example.org:8000/@me",
         "risk-adjusted-returns-of-many-and-various-portfolios",
-        '{"_name_or_path": "stepfun-ai/step3", "text": "/home/ and /Users/"}',
+        '{"_name_or_path": "stepfun-ai/step3", "text": "/home/ and /Users/, https://example.com/home/page/"}',
     ):
         assert not [kind for kind, pattern in push_to_hub.SECRETS.items() if re.search(pattern, line)], line
 
