@@ -545,7 +545,7 @@ def check_pictures(
 
 
 @contextmanager
-def picture_sizes() -> Iterator[dict[str, list]]:
+def remembered_sizes() -> Iterator[dict[str, list]]:
     """
     The sizes that earlier checks of images found, for `check_pictures`. What is added is remembered, if the cache can
     be written.

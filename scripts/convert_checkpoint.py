@@ -40,7 +40,7 @@ from checkpoint_files import (
     scale_shape,
     weight_block,
 )
-from engines import engine_facts, packed_form, table, warnings
+from engines import engine_facts, engine_warnings, packed_form, table
 from files import locked, naming, replacing, sync, sync_all, write_bytes, write_json
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -564,7 +564,7 @@ def main(arguments: list[str] | None = None) -> int:
         return failure(error, arguments.target)
     if arguments.dtype == "fp8" and (note := note_on_widths(plan.config)):
         print(note, file=sys.stderr)
-    for warning in warnings(facts):
+    for warning in engine_warnings(facts):
         print(warning, file=sys.stderr)
     outcome = "nothing wrong" if arguments.check else arguments.target
     print(f"{len(checkpoint.tensors)} tensors, {total_bytes(checkpoint, plan) / 1e9:.3g} GB: {outcome}")

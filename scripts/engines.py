@@ -149,7 +149,7 @@ def table(facts: list[Fact]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def warnings(facts: list[Fact]) -> list[str]:
+def engine_warnings(facts: list[Fact]) -> list[str]:
     """A line for each difference between an engine and this package."""
     return [
         f"Warning: {engine}, {fact.subject} ({fact.value}): {verdict}."

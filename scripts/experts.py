@@ -55,7 +55,7 @@ def count_choices(
     return counts
 
 
-def describe(counts: torch.Tensor, layers: list[int]) -> str:
+def describe_counts(counts: torch.Tensor, layers: list[int]) -> str:
     """A line for each layer: its most and least used expert, the share of the most used quarter, and unused ones."""
     lines = ["layer  most used         least used        top quarter  never"]
     for layer, row in zip(layers, counts, strict=True):
@@ -105,7 +105,7 @@ def main() -> None:
     except (BadData, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     counts = count_choices(model, processor, samples, arguments.batch_size)
-    print(describe(counts, layers))
+    print(describe_counts(counts, layers))
     if arguments.output:
         write_json(arguments.output, {"layers": layers, "counts": counts.tolist()})
     if arguments.picture:

@@ -156,7 +156,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
-def describe(plan: dict) -> str:
+def describe_plan(plan: dict) -> str:
     """The plan in GB of 10^9 bytes."""
     kinds = plan["bytes"]
     parts = [(part, *(f"{kinds[kind][part] / GB:.3g}" for kind in kinds)) for part in kinds["stored"]]
@@ -199,7 +199,7 @@ def main() -> None:
         plan = make_plan(machine.directory, machine)
     except CheckpointError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    print(json.dumps(plan, indent=2) if machine.json else describe(plan))
+    print(json.dumps(plan, indent=2) if machine.json else describe_plan(plan))
 
 
 if __name__ == "__main__":

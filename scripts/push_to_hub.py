@@ -24,7 +24,7 @@ from checkpoint_files import (
     read_json,
 )
 from convert_checkpoint import CARRIED_FILES, CHECKSUMS
-from engines import engine_facts, warnings
+from engines import engine_facts, engine_warnings
 from files import write_bytes
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{sizes[name]:>16,}  {name}")
         print(f"{sum(sizes.values()):>16,}  bytes in {len(sizes)} files to {constants.ENDPOINT}/{repo_id}")
         facts = engine_facts(checkpoint, checkpoint.config, has_head="lm_head.weight" in checkpoint.tensors)
-        for warning in warnings(facts):
+        for warning in engine_warnings(facts):
             print(warning, file=sys.stderr)
         if arguments.dry_run:
             return 0

@@ -40,7 +40,7 @@ from convert_checkpoint import (
     write_shard,
     write_whole,
 )
-from experts import describe
+from experts import describe_counts
 from rounding import PRESETS, LayerQuantiser, make_settings, read_form
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -199,7 +199,7 @@ class Quantiser:
         if not self.counts:
             return
         counts = torch.stack([self.counts[f"layer {number}"] for number in self.text.moe_layers])
-        print(describe(counts, self.text.moe_layers))
+        print(describe_counts(counts, self.text.moe_layers))
         needed = self.arguments.min_tokens
         for number, row in zip(self.text.moe_layers, counts, strict=True):
             if rare := (row < needed).nonzero().flatten().tolist():

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from conversations import IMAGE_TOKEN, BadData, Conversation, check_pictures, iterate_conversations, picture_sizes
+from conversations import IMAGE_TOKEN, BadData, Conversation, check_pictures, iterate_conversations, remembered_sizes
 from files import replacing
 from jinja2 import TemplateError
 from tqdm import tqdm
@@ -153,7 +153,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """The right conversations of a file, one after another. Errors are added to `faults`."""
     conversations = iter(tqdm(iterate_conversations(path, faults), "Conversations", disable=None))
-    with picture_sizes() as known:
+    with remembered_sizes() as known:
         while chunk := list(islice(conversations, CHUNK)):
             for _, sample in make_samples(chunk, processor, faults, method, max_length, known):
                 yield sample
@@ -172,7 +172,7 @@ def load_processor(model: str, **options) -> Step3VLProcessor:
     return AutoProcessor.from_pretrained(model, **{key: value for key, value in options.items() if value is not None})
 
 
-def describe(rows: list[tuple[int, int, int, int]], limit: int | None) -> str:
+def describe_lengths(rows: list[tuple[int, int, int, int]], limit: int | None) -> str:
     """
     A table of the numbers of tokens, learned tokens, images and patches, a histogram of tokens, and what a limit of
     tokens would drop, or several limits.
@@ -224,7 +224,7 @@ def main() -> None:
     for place, fault in faults:
         print(f"{place}: {fault}", file=sys.stderr)
     print(f"{len(rows)} conversations, {len({place for place, _ in faults})} left out\n")
-    print(describe(rows, arguments.max_length))
+    print(describe_lengths(rows, arguments.max_length))
 
 
 if __name__ == "__main__":

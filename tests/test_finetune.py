@@ -384,16 +384,16 @@ def test_sizes_of_pictures_are_remembered(tmp_path, monkeypatch):
     cache = tmp_path / "sizes.json"
     monkeypatch.setattr(conversations, "SIZES", cache)
     cache.write_text("damaged")
-    with pytest.raises(KeyboardInterrupt), conversations.picture_sizes() as known:
+    with pytest.raises(KeyboardInterrupt), conversations.remembered_sizes() as known:
         assert known == {}
         known["a.png"] = [1, 7, 8]
         raise KeyboardInterrupt
-    with conversations.picture_sizes() as known:
+    with conversations.remembered_sizes() as known:
         assert known == {"a.png": [1, 7, 8]}
         known["a.png"] = [2, 9, 8]
     assert json.loads(cache.read_text()) == {"a.png": [2, 9, 8]}
     monkeypatch.setattr(conversations, "SIZES", cache / "in a file.json")
-    with conversations.picture_sizes() as known:
+    with conversations.remembered_sizes() as known:
         known["a.png"] = [1, 7, 8]
 
 
