@@ -34,7 +34,7 @@ from draw_dialogue import MAX_PICTURES, Turn, messages_of
 from draw_scene import Scene, draw_scene
 from evaluate_tiny import generate_answers
 from files import new_directory, save_whole
-from train_tiny import MAX_QUESTIONS, Collator, MuonAndAdamW, WhereaboutsTrainer, draw_hints, sample_of
+from train_tiny import MAX_QUESTIONS, Collator, LessonTrainer, MuonAndAdamW, draw_hints, sample_of
 
 
 LONGEST = 65_536
@@ -141,7 +141,7 @@ def train(options: argparse.Namespace) -> None:
             remove_unused_columns=False,
             dataloader_num_workers=options.workers,
         )
-        trainer = WhereaboutsTrainer(
+        trainer = LessonTrainer(
             model,
             arguments,
             train_dataset=Haystacks(processor, options.steps * BATCH_SIZE),

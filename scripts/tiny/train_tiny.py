@@ -5,8 +5,9 @@ python scripts/tiny/train_tiny.py DIRECTORY --quick
 python scripts/tiny/train_tiny.py DIRECTORY --start SHALLOWER --steps 1500
 
 Besides answers, the model learns to name what each image token shows (hints), to complete words about a scene (cues),
-and to know from its second layer on in which picture and where an image token is, and which picture a question is about
-(whereabouts). With answers alone it would learn many times more slowly, or not at all.
+to know from its second layer on in which picture and where an image token is, and which picture a question is about
+(whereabouts), and then for a second picture what the first shows at the same place, and whether the two differ
+(counterparts). With answers alone it would learn many times more slowly, or not at all.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from draw_dialogue import (
     messages_of,
     referring,
 )
-from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, ask, draw_scene
+from draw_scene import COLOURS, KINDS, LAYOUTS, Scene, Shape, ask, draw_scene
 from make_random_model import make_tokenizer
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForImageTextToText,
@@ -87,9 +89,11 @@ MAX_QUESTIONS = 8
 RECALL = "Recall this picture."
 # Seeds that training does not use.
 EVALUATION_SEEDS = 10**9
-STEPS = 13_500
+STEPS = 16_200
 # The first steps are about single scenes, of which a step takes half the time.
 SCENES_ALONE = 2500
+# From this step on, more lessons compare pictures; until the second, counterparts are taught for that.
+COMPARING, COMPARED = 13_500, 15_600
 # The whereabouts of an image token: its picture's number, and the row and column of its cell, as words.
 WHEREABOUTS = (
     tuple(str(number) for number in range(1, MAX_PICTURES + 1)),
@@ -142,29 +146,36 @@ def make_model(seed: int) -> tuple[Step3VLForConditionalGeneration, Step3VLProce
 
 class Lessons(Dataset):
     """
-    Conversations by seed: at first `num_scenes` about a single scene, then a fifth. Each image token has a hint: a
-    word for what it shows.
+    Conversations by seed: at first `num_scenes` about a single scene, and then a fifth. From the lesson `comparing` on,
+    more compare pictures, and up to the lesson `compared` they have counterparts. Each image token has a hint: a word
+    for what it shows.
     """
 
-    def __init__(self, first_seed: int, length: int, num_scenes: int = 0):
+    def __init__(self, first_seed: int, length: int, num_scenes: int, comparing: int, compared: int):
         self.first_seed, self.length, self.num_scenes = first_seed, length, num_scenes
+        self.comparing, self.compared = comparing, compared
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict:
-        seed = self.first_seed + index
-        choose = random.Random(seed)
-        task = (
-            choose.choices(("scene", "recall", "compare", "talk"), weights=(1, 1, 1, 2))[0]
-            if index >= self.num_scenes
-            else "scene"
-        )
+        choose = random.Random(self.first_seed + index)
+        sample = self.draw(choose, index)
+        if self.comparing <= index < self.compared:
+            sample["counterparts"] = draw_counterparts(choose, sample["scenes"])
+        return sample
+
+    def draw(self, choose: random.Random, index: int) -> dict:
+        seed, compares, task = self.first_seed + index, index >= self.comparing, "scene"
+        if index >= self.num_scenes:
+            weights = (1, 1, 3, 3) if compares else (1, 1, 1, 2)
+            (task,) = choose.choices(("scene", "recall", "compare", "talk"), weights)
         if task == "talk":
             turns = draw_dialogue(seed, turns=choose.randint(1, MAX_QUESTIONS))
             return {**sample_of(turns), "hints": draw_hints(choose, scenes_of(turns))}
         if task in ("recall", "compare"):
-            scenes = [draw_scene(choose.getrandbits(40)) for _ in range(choose.choice((2, 2, 3)))]
+            count = choose.choice((2, 2, 2, 3) if compares else (2, 2, 3))
+            scenes = [draw_scene(choose.getrandbits(40)) for _ in range(count)]
             return draw_recall(choose, scenes) if task == "recall" else draw_comparison(choose, scenes)
         scene = draw_scene(seed)
         # Together, one of these would give away the other.
@@ -187,7 +198,8 @@ def scenes_of(turns: list[Turn]) -> list[Scene]:
 
 def sample_of(turns: list[Turn]) -> dict:
     asked = [turn.asked for turn in turns]
-    return {"messages": messages_of(turns), "scenes": scenes_of(turns), "asked": asked, "hints": [], "cues": []}
+    lessons = {"hints": [], "counterparts": [], "cues": []}
+    return {"messages": messages_of(turns), "scenes": scenes_of(turns), "asked": asked, **lessons}
 
 
 def make_sample(
@@ -216,11 +228,11 @@ def draw_recall(choose: random.Random, scenes: list[Scene]) -> dict:
 def draw_comparison(choose: random.Random, scenes: list[Scene]) -> dict:
     """Questions for which the pictures must be compared, and which shape it was that a comparison found."""
     questions = []
-    if len(scenes) == 2:
-        second, difference = differing_scene(choose, scenes[0])
-        if choose.random() < 0.7:
-            scenes = [scenes[0], second]
-            questions = about_all(choose, scenes, difference)
+    if len(scenes) == 2 and choose.random() < 0.7:
+        while len(scenes[0].shapes) < 2:  # of a single shape, nothing would have to be compared
+            scenes[0] = draw_scene(choose.getrandbits(40))
+        scenes[1], difference = differing_scene(choose, scenes[0])
+        questions = about_all(choose, scenes, difference)
     found = {q.text: q for _ in range(20) for q in about_all(choose, scenes, None) if q.kind == "which"}
     for question in found.values():
         questions.append(question)
@@ -280,17 +292,36 @@ def cells_of(scene: Scene) -> list[str]:
 
 def draw_hints(choose: random.Random, scenes: list[Scene]) -> list[str]:
     """For each image token, the token of a random word about the shape in its cell."""
-    hints = []
-    for scene in scenes:
-        by_place = {shape.place: shape for shape in scene.shapes}
-        for shape in map(by_place.get, cells_of(scene)):
-            if shape is None:
-                hints.append("Nothing")
-            else:
-                words = [shape.size, shape.colour, shape.kind, shape.kind]  # kinds are the hardest to tell apart
-                words += ["striped"] * shape.is_striped
-                hints.append("Ġ" + choose.choice(words))
-    return hints
+    return [draw_hint(choose, shape) for scene in scenes for shape in shapes_of(scene)]
+
+
+def draw_hint(choose: random.Random, shape: Shape | None) -> str:
+    if shape is None:
+        return "Nothing"
+    words = [shape.size, shape.colour, shape.kind, shape.kind]  # kinds are the hardest to tell apart
+    return "Ġ" + choose.choice(words + ["striped"] * shape.is_striped)
+
+
+def shapes_of(scene: Scene) -> list[Shape | None]:
+    """The shape that each image token of a scene shows."""
+    by_place = {shape.place: shape for shape in scene.shapes}
+    return [by_place.get(place) for place in cells_of(scene)]
+
+
+def draw_counterparts(choose: random.Random, scenes: list[Scene]) -> list[tuple[str | None, int]]:
+    """
+    For each image token of a second picture with the first one's layout: a hint about the first picture's shape in the
+    same cell; and 1 if there are shapes in both cells that differ, 0 if these look the same. None and -100 for others.
+    """
+    counterparts = []
+    for number, scene in enumerate(scenes):
+        if number != 1 or scene.layout != scenes[0].layout:
+            counterparts += [(None, -100)] * len(cells_of(scene))
+            continue
+        for old, new in zip(shapes_of(scenes[0]), shapes_of(scene), strict=True):
+            differs = -100 if old is None or new is None else int(str(old) != str(new))
+            counterparts.append((draw_hint(choose, old), differs))
+    return counterparts
 
 
 def whereabouts_of(scenes: list[Scene]) -> list[list[int]]:
@@ -308,6 +339,7 @@ class Collator:
     Pads conversations to a batch. The labels are the assistant's words; for cues, only the tokens that complete them;
     for hints, additionally the token after each image token. `whereabouts` (batch, tokens, 3) are indices in each of
     WHEREABOUTS, or -100; before each token of an answer, only the number of the picture that is asked for.
+    `counterparts` (batch, tokens, 2) are each counterpart's hint, as a token, and whether it differs, or -100.
     """
 
     def __init__(self, processor: Step3VLProcessor):
@@ -324,8 +356,10 @@ class Collator:
         )
         labels = batch["input_ids"].where(batch.pop("assistant_masks").bool(), -100)
         whereabouts = torch.full((*labels.shape, len(WHEREABOUTS)), -100)
+        counterparts = torch.full((*labels.shape, 2), -100)
         token_ids = self.processor.tokenizer.convert_tokens_to_ids
-        for sample, ids, row, places in zip(samples, batch["input_ids"], labels, whereabouts, strict=True):
+        rows = zip(samples, batch["input_ids"], labels, whereabouts, counterparts, strict=True)
+        for sample, ids, row, places, others in rows:
             learned = row != -100
             is_start = learned[1:] & ~learned[:-1]
             numbers = torch.tensor([-100 if number is None else number for number in sample["asked"]])
@@ -343,7 +377,11 @@ class Collator:
             if sample["hints"]:
                 image_tokens = (ids == self.processor.image_token_id).nonzero().flatten()
                 row[image_tokens + 1] = torch.tensor(token_ids(sample["hints"]))
-        return {**batch, "labels": labels, "whereabouts": whereabouts}
+            if sample["counterparts"]:
+                others[ids == self.processor.image_token_id] = torch.tensor(
+                    [(token_ids(hint) if hint else -100, differs) for hint, differs in sample["counterparts"]]
+                )
+        return {**batch, "labels": labels, "whereabouts": whereabouts, "counterparts": counterparts}
 
 
 def share_right(predictions: EvalPrediction) -> dict[str, float]:
@@ -379,18 +417,37 @@ class MuonAndAdamW(torch.optim.Optimizer):
             optimizer.step(closure)
 
 
-class WhereaboutsTrainer(Trainer):
-    """Adds the loss of the whereabouts, as the model's head reads them after the second layer."""
+def share_of_rates(step: int, steps: int) -> float:
+    """The share of the learning rates at a step: up and down, and up and down again to compare pictures."""
+    comparing = steps * COMPARING // STEPS
+    if step < comparing:
+        return min(1, step / max(min(100, steps // 10), 1), (comparing - step) / (0.4 * comparing))
+    return 0.6 * min(1, (steps - step) / (0.5 * (steps - comparing)))
+
+
+class LessonTrainer(Trainer):
+    """
+    Adds the losses of what the model should know after inner layers, as its head reads it there: the whereabouts after
+    the second, counterparts after the third, and whether they differ after the fourth.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        whereabouts = inputs.pop("whereabouts")
+        whereabouts, counterparts = inputs.pop("whereabouts"), inputs.pop("counterparts")
         outputs = model(**inputs, output_hidden_states=True)
-        logits, loss = model.lm_head(model.model.language_model.norm(outputs.hidden_states[2])), outputs.loss
+        token_ids = self.processing_class.tokenizer.convert_tokens_to_ids
+        known = [(3, None, counterparts[..., 0]), (4, ["No", "Yes"], counterparts[..., 1])]
         for words, right in zip(WHEREABOUTS, whereabouts.unbind(-1), strict=True):
-            ids = self.processing_class.tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in words])
+            known.append((2, [f"Ġ{word}" for word in words], right))
+        loss = outputs.loss
+        for layer, words, right in known:
+            if layer > len(outputs.hidden_states) - 2:  # of a shallower model
+                continue
+            is_known = right != -100
+            logits = model.lm_head(model.model.language_model.norm(outputs.hidden_states[layer][is_known]))
+            if words:
+                logits = logits[:, token_ids(words)]
             # The sum of none is 0, their mean is not.
-            total = cross_entropy(logits[..., ids].flatten(0, 1), right.flatten(), reduction="sum")
-            loss = loss + total / (right != -100).sum().clamp(min=1)
+            loss = loss + cross_entropy(logits, right[is_known], reduction="sum") / is_known.sum().clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -470,9 +527,6 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps * 4 // 10},
-        warmup_steps=min(100, steps // 10),
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=min(1000, max(steps // 10, 1)),
@@ -487,18 +541,19 @@ def train(
         dataloader_num_workers=1,
         dataloader_persistent_workers=True,
     )
-    trainer = WhereaboutsTrainer(
+    optimizer = MuonAndAdamW(model)
+    num_lessons = steps * batch_size
+    phases = (num_lessons * step // STEPS for step in (0 if start else SCENES_ALONE, COMPARING, COMPARED))
+    trainer = LessonTrainer(
         model,
         arguments,
-        train_dataset=Lessons(
-            seed * 10**7, steps * batch_size, 0 if start else steps * batch_size * SCENES_ALONE // STEPS
-        ),
+        train_dataset=Lessons(seed * 10**7, num_lessons, *phases),
         eval_dataset={name: Exercises(draw, 100 if steps > 1000 else 8) for name, draw in ABILITIES.items()},
         data_collator=Collator(processor),
         processing_class=processor,
         compute_metrics=share_right,
         preprocess_logits_for_metrics=lambda outputs, labels: outputs[1].argmax(-1),  # the auxiliary loss is first
-        optimizers=(MuonAndAdamW(model), None),
+        optimizers=(optimizer, LambdaLR(optimizer, partial(share_of_rates, steps=steps))),
         callbacks=[Curve(curve)] if curve else [],
     )
     trainer.train(resume_from_checkpoint=resume)
