@@ -13,6 +13,7 @@ from checkpoint_files import (
     CODE_FILES,
     INDEX,
     ROOT,
+    WEIGHTS,
     Checkpoint,
     CheckpointError,
     Step3VLConfig,
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not (directory / "README.md").exists() or (directory / "README.md").read_text() != card:
             write_bytes(directory / "README.md", card.encode())
         # Weights of an upload before, in other files, would be loaded instead or as well.
-        stale = ["model*.safetensors", INDEX]
+        stale = [WEIGHTS, "model-?????-of-?????.safetensors", INDEX]
         api.upload_folder(repo_id=repo_id, folder_path=directory, allow_patterns=list(sizes), delete_patterns=stale)
         if arguments.space:
             upload_space(api, repo_id, arguments.private)
