@@ -463,8 +463,12 @@ def check_output(options: Options, training, model_options: ModelConfig) -> dict
 def finetune(options: Options, training, model_options: ModelConfig, config: Step3VLConfig) -> None:
     """Trains, merges, or both. Raises `BadData`, `OSError` or `ValueError` if the options, data or model are wrong."""
     output, settings = Path(training.output_dir), check_output(options, training, model_options)
-    limits = {"max_pixels": options.max_pixels, "max_patches": options.max_patches}
-    processor = load_processor(model_options.model_name_or_path, revision=model_options.model_revision, **limits)
+    processor = load_processor(
+        model_options.model_name_or_path,
+        revision=model_options.model_revision,
+        max_pixels=options.max_pixels,
+        max_patches=options.max_patches,
+    )
     if getattr(training, "chat_template_path", None):
         processor.chat_template, training.chat_template_path = Path(training.chat_template_path).read_text(), None
     PartialState().wait_for_everyone()  # before the first writes to the output

@@ -207,8 +207,7 @@ def main() -> None:
     arguments = parser.parse_args()
     faults, rows = [], []
     try:
-        limits = {"max_pixels": arguments.max_pixels, "max_patches": arguments.max_patches}
-        processor = load_processor(arguments.model, **limits)
+        processor = load_processor(arguments.model, max_pixels=arguments.max_pixels, max_patches=arguments.max_patches)
         with ExitStack() as stack:
             file = arguments.json and stack.enter_context(stack.enter_context(replacing(arguments.json)).open("w"))
             for sample in read_samples(arguments.data, processor, faults, arguments.method):
